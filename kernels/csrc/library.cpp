@@ -1,0 +1,25 @@
+// Declares blipfast's operators: one fragment, so that Python may add others to the namespace.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace {
+
+// The x86-64 level the kernels run at on this processor (4: AVX-512, 3: AVX2), or 0: portable.
+int64_t native_isa_level() {
+  return blipfast::isa_level();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(blipfast_native, m) {
+  m.def("isa_level() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(blipfast_native, CompositeExplicitAutograd, m) {
+  m.impl("isa_level", TORCH_BOX(&native_isa_level));
+}
