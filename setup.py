@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -68,7 +69,10 @@ class BuildNative(Command):
     """Runs CMake; in an editable install it also adds the guard of the folder `kernels`."""
 
     description = "build the optional C++ operators"
-    user_options: list[tuple[str, str | None, str]] = []
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = [
+        ("build-lib=", None, "the folder that receives blipfast/libblipfast_native.so"),
+        ("build-temp=", None, "the folder for CMake's files"),
+    ]
     editable_mode = False
 
     def initialize_options(self) -> None:
@@ -116,11 +120,11 @@ class BuildNative(Command):
 
 
 class Build(build):
-    sub_commands = [*build.sub_commands, ("build_native", None)]
+    sub_commands: ClassVar = [*build.sub_commands, ("build_native", None)]
 
 
 class PlatformWheel(bdist_wheel):
-    """One wheel per platform, for every Python: the library uses torch's stable ABI, not Python's."""
+    """One wheel per platform and for every Python: the library knows torch's stable ABI alone."""
 
     def finalize_options(self) -> None:
         super().finalize_options()

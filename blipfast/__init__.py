@@ -16,10 +16,10 @@ _LAZY = {
     "save_model": "blipfast.checkpoints",
     "detect": "blipfast.environment",
 }
-_SUBMODULES = (
-    "capfilt checkpoints cli data demo environment errors evaluation kernels "
-    "models objectives ops tasks train"
-).split()
+_SUBMODULES = frozenset(
+    {"capfilt", "checkpoints", "cli", "data", "demo", "environment", "errors", "evaluation"}
+    | {"kernels", "models", "objectives", "ops", "tasks", "train"}
+)
 
 __all__ = ["__version__", *_LAZY]
 
