@@ -1,0 +1,34 @@
+"""Texts, images and shards; knows no model."""
+
+from blipfast.data.augment import RANDAUGMENT_OPS, TrainTransform
+from blipfast.data.images import IMAGE_MEAN, IMAGE_STD, EvalTransform, load_image, to_tensor
+from blipfast.data.shards import (
+    BadRecord,
+    Record,
+    ShardReader,
+    ShardWriter,
+    TextEntry,
+    read_shards,
+)
+from blipfast.data.text import BlipTokenizer, TextBatch, TextKind, pre_caption, pre_question
+
+__all__ = [
+    "IMAGE_MEAN",
+    "IMAGE_STD",
+    "RANDAUGMENT_OPS",
+    "BadRecord",
+    "BlipTokenizer",
+    "EvalTransform",
+    "Record",
+    "ShardReader",
+    "ShardWriter",
+    "TextBatch",
+    "TextEntry",
+    "TextKind",
+    "TrainTransform",
+    "load_image",
+    "pre_caption",
+    "pre_question",
+    "read_shards",
+    "to_tensor",
+]
