@@ -1,0 +1,169 @@
+"""The trunk that every task is built on: image encoder, MED encoder and decoder, and the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blipfast.errors import ShapeError
+from blipfast.models.config import BlipConfig, TextConfig
+from blipfast.models.text import CrossStates, TextStream, TextTransformer, run_streams
+from blipfast.models.vit import VisionTransformer
+from blipfast.ops.packing import Packing
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """Texts without padding: `input_ids (T,)` and where each text lies in them."""
+
+    input_ids: Tensor
+    packing: Packing
+
+    @classmethod
+    def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> PackedText:
+        """From right-padded `(N, L)` ids and mask. Raises ShapeError when they disagree."""
+        if input_ids.shape != attention_mask.shape:
+            raise ShapeError(
+                f"input_ids {tuple(input_ids.shape)} and attention_mask "
+                f"{tuple(attention_mask.shape)} must have the same shape (N, L)"
+            )
+        packing = Packing.from_mask(attention_mask)
+        if 0 in packing.lengths:
+            empty = packing.lengths.index(0)
+            raise ShapeError(f"text {empty} of the batch has no tokens at all")
+        return cls(packing.unpad(input_ids), packing)
+
+    def starting_with(self, token_id: int) -> PackedText:
+        """The same texts with their first token replaced: [CLS], [ENC] or [DEC] choose the mode."""
+        ids = self.input_ids.clone()
+        ids[self.packing.first_tokens] = token_id
+        return PackedText(ids, self.packing)
+
+    def select(self, index: Sequence[int]) -> PackedText:
+        """The texts at `index`, repeats allowed."""
+        packing, tokens = self.packing.select(index)
+        return PackedText(self.input_ids[tokens], packing)
+
+    def shifted(self) -> tuple[PackedText, Tensor]:
+        """For next-token prediction: the texts without their last tokens, and `(T - N,)` labels.
+
+        A last token predicts nothing and, under a causal mask, no other token sees it.
+        """
+        packing = self.packing
+        last = packing.first_tokens + packing.lengths_tensor - 1
+        keep = torch.ones_like(self.input_ids, dtype=torch.bool)
+        keep[last] = False
+        shorter = Packing.from_lengths([n - 1 for n in packing.lengths], packing.device)
+        return PackedText(self.input_ids[keep], shorter), self.input_ids[1:][keep[:-1]]
+
+    def __add__(self, other: PackedText) -> PackedText:
+        ids = torch.cat([self.input_ids, other.input_ids])
+        return PackedText(ids, self.packing + other.packing)
+
+
+class Blip(nn.Module):
+    """Image encoder and the parts of MED that a task asks for (BLIP, section 3.1, figure 2).
+
+    text_encoder: "grounded" looks at images, "paired" at two images per text (NLVR2), "unimodal" at
+    nothing (a momentum twin); None is absent.
+    text_decoder: looks at the "image", or at the encoded "question" (VQA); None is absent.
+    contrastive: projections into the space of ITC, and its learned temperature.
+    num_classes: outputs of the matching head over [ENC]; None is absent.
+    """
+
+    def __init__(
+        self,
+        config: BlipConfig,
+        *,
+        text_encoder: Literal["grounded", "paired", "unimodal"] | None = "grounded",
+        text_decoder: Literal["image", "question"] | None = None,
+        contrastive: bool = False,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        text, image_width = config.text, config.vision.hidden_size
+        self.visual_encoder = VisionTransformer(config.vision)
+        self.text_encoder = self.text_decoder = None
+        if text_encoder is not None:
+            width = None if text_encoder == "unimodal" else image_width
+            paired = text_encoder == "paired"
+            self.text_encoder = TextTransformer(text, cross_width=width, paired=paired)
+        if text_decoder is not None:
+            width = image_width if text_decoder == "image" else text.hidden_size
+            self.text_decoder = TextTransformer(text, cross_width=width, lm_head=True)
+        if contrastive:
+            self.vision_proj = nn.Linear(image_width, config.embed_dim)
+            self.text_proj = nn.Linear(text.hidden_size, config.embed_dim)
+            self.temp = nn.Parameter(torch.tensor(config.temperature))
+        if num_classes is not None:
+            self.itm_head = nn.Linear(text.hidden_size, num_classes)
+
+    @property
+    def text_config(self) -> TextConfig:
+        return self.config.text
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """`(B, 3, image_size, image_size)` to `image_embeds (B, S, D)`."""
+        return self.visual_encoder(pixel_values)
+
+    def image_features(self, image_embeds: Tensor) -> Tensor:
+        """Unit vectors `(B, embed_dim)` of the CLS tokens, in the contrastive space."""
+        return F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
+
+    def text_features(self, text: PackedText) -> Tensor:
+        """Unit vectors `(N, embed_dim)` of texts encoded on their own, starting with [CLS]."""
+        return F.normalize(self.text_proj(self.encode_text(text, first_only=True)), dim=-1)
+
+    def encode_text(self, text: PackedText, *, first_only: bool = False) -> Tensor:
+        """Unimodal text encoder: `(T, D)`, or the first tokens' `(N, D)`."""
+        text = text.starting_with(self.text_config.cls_token_id)
+        stream = _required(self.text_encoder, "text encoder").stream(
+            text.input_ids, text.packing, first_only=first_only
+        )
+        return run_streams([stream])[0]
+
+    def grounded_stream(
+        self, text: PackedText, kv_index: Sequence[int], *, first_only: bool = False
+    ) -> TextStream:
+        """Texts to be encoded in the light of the images they name, starting with [ENC]."""
+        text = text.starting_with(self.text_config.enc_token_id)
+        encoder = _required(self.text_encoder, "text encoder")
+        return encoder.stream(text.input_ids, text.packing, kv_index=kv_index, first_only=first_only)
+
+    def decoder_stream(self, text: PackedText, kv_index: Sequence[int]) -> TextStream:
+        """Texts to be decoded in the light of what they name, starting with [DEC]."""
+        text = text.starting_with(self.text_config.dec_token_id)
+        decoder = _required(self.text_decoder, "text decoder")
+        return decoder.stream(text.input_ids, text.packing, kv_index=kv_index, causal=True)
+
+    def match(self, text: PackedText, states: CrossStates, kv_index: Sequence[int]) -> Tensor:
+        """ITM logits `(N, 2)` of each text with the image it names; class 1 is a match."""
+        stream = self.grounded_stream(text, kv_index, first_only=True)
+        return self.itm_head(run_streams([stream], states)[0])
+
+    def image_states(
+        self,
+        image_embeds: Tensor,
+        *,
+        decoder: bool = False,
+        project: bool = False,
+    ) -> CrossStates:
+        """What the encoder (or the decoder) looks at, `image_embeds (B, S, D)`.
+
+        project: K/V of all layers now, for use without gradients by many texts in several calls.
+        """
+        module = self.text_decoder if decoder else self.text_encoder
+        part = "text decoder" if decoder else "text encoder"
+        return _required(module, part).cross_states(image_embeds, project=project)
+
+
+def _required(module: TextTransformer | None, part: str) -> TextTransformer:
+    if module is None:
+        raise AttributeError(f"this model has no {part}")
+    return module

@@ -1,0 +1,389 @@
+"""MED, the multimodal mixture of encoder-decoder (BLIP, section 3.1): a BERT-like text transformer.
+
+- One layer is self-attention, then cross-attention to an image, then the feed-forward network, each
+  closed by a residual and a LayerNorm (post-LN).
+- Texts are packed: no layer computes on padding. `Packing` says where each text lies.
+- K/V of an image are projected once per layer, whoever looks at it (`CrossStates`).
+- `run_streams` carries several kinds of text (encoded bidirectionally, decoded causally) through the
+  layers in one pass; they meet in every module they share and part only where they do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blipfast.errors import ConfigError, ShapeError
+from blipfast.models.config import Sharing, TextConfig
+from blipfast.ops.attention import CrossPlan, cross_attention, varlen_attention
+from blipfast.ops.packing import Packing, gather_rows
+
+KeyValue = tuple[Tensor, Tensor]  # (B, H, S, head_dim) each
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_positions, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = config.dropout
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        x = self.norm(self.word(input_ids) + self.position(positions))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class _Residual(nn.Module):
+    """Output projection, dropout, residual and LayerNorm, which close every sublayer."""
+
+    def __init__(self, config: TextConfig, in_features: int) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.norm(F.dropout(self.dense(x), self.dropout, self.training) + residual)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.attention_dropout = config.attention_dropout
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = _Residual(config, config.hidden_size)
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(T, D)` to q, k, v of `(T, H, head_dim)`."""
+        qkv = self.qkv(hidden).unflatten(-1, (3, self.num_heads, -1))
+        return qkv.unbind(-3)  # type: ignore[return-value]
+
+    def forward(self, hidden: Tensor, packing: Packing, causal: bool) -> Tensor:
+        q, k, v = self.project(hidden)
+        dropout_p = self.attention_dropout if self.training else 0.0
+        out = varlen_attention(q, k, v, packing, causal=causal, dropout_p=dropout_p)
+        return self.out(out.flatten(-2), hidden)
+
+
+class _ImageAttention(nn.Module):
+    """Query and key/value projections of cross-attention, without its output."""
+
+    def __init__(self, config: TextConfig, cross_width: int) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.attention_dropout = config.attention_dropout
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key_value = nn.Linear(cross_width, 2 * config.hidden_size)
+
+    def project(self, embeds: Tensor) -> KeyValue:
+        """`(B, S, cross_width)` to K and V."""
+        kv = self.key_value(embeds).unflatten(-1, (2, self.num_heads, -1))
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        return k, v
+
+    def forward(self, hidden: Tensor, kv: KeyValue, plan: CrossPlan) -> Tensor:
+        q = self.query(hidden).unflatten(-1, (self.num_heads, -1))
+        dropout_p = self.attention_dropout if self.training else 0.0
+        return cross_attention(q, *kv, plan, dropout_p=dropout_p).flatten(-2)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: TextConfig, cross_width: int) -> None:
+        super().__init__()
+        self.attention = _ImageAttention(config, cross_width)
+        self.out = _Residual(config, config.hidden_size)
+
+    def project(self, embeds: Sequence[Tensor]) -> tuple[KeyValue, ...]:
+        return (self.attention.project(embeds[0]),)
+
+    def forward(self, hidden: Tensor, kv: tuple[KeyValue, ...], plan: CrossPlan) -> Tensor:
+        return self.out(self.attention(hidden, kv[0], plan), hidden)
+
+
+class PairedCrossAttention(nn.Module):
+    """NLVR2's block (section 5.4): one cross-attention for each of two images, outputs merged.
+
+    merge: the two outputs are concatenated and merged by a linear layer; else they are averaged.
+    """
+
+    def __init__(self, config: TextConfig, cross_width: int, merge: bool) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.attentions = nn.ModuleList(_ImageAttention(config, cross_width) for _ in range(2))
+        self.dense = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.merge = nn.Linear(2 * width, width) if merge else None
+        self.dropout = config.dropout
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def project(self, embeds: Sequence[Tensor]) -> tuple[KeyValue, ...]:
+        pairs = zip(self.attentions, embeds, strict=True)
+        return tuple(attention.project(x) for attention, x in pairs)  # type: ignore[operator]
+
+    def forward(self, hidden: Tensor, kv: tuple[KeyValue, ...], plan: CrossPlan) -> Tensor:
+        parts = zip(self.attentions, self.dense, kv, strict=True)
+        first, second = (dense(attention(hidden, kv_i, plan)) for attention, dense, kv_i in parts)
+        if self.merge is None:
+            merged = (first + second) / 2
+        else:
+            merged = self.merge(torch.cat([first, second], dim=-1))
+        return self.norm(F.dropout(merged, self.dropout, self.training) + hidden)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.out = _Residual(config, config.intermediate_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.out(F.gelu(self.intermediate(hidden)), hidden)
+
+
+class TextLayer(nn.Module):
+    def __init__(self, config: TextConfig, cross: nn.Module | None) -> None:
+        super().__init__()
+        self.self_attention = SelfAttention(config)
+        self.cross_attention = cross
+        self.feed_forward = FeedForward(config)
+
+
+class LMHead(nn.Module):
+    """BERT's prediction head; the output embedding is the input embedding (section 3.1)."""
+
+    def __init__(self, config: TextConfig, word: nn.Embedding) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder.weight = word.weight
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        """All but the last projection, which the loss fuses with the softmax."""
+        return self.norm(F.gelu(self.dense(hidden)))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`(..., D)` to logits `(..., V)`."""
+        return self.decoder(self.transform(hidden))
+
+
+class TextTransformer(nn.Module):
+    """Embeddings and layers; with `lm_head` a decoder.
+
+    cross_width: width of what cross-attention looks at; None leaves it out.
+    paired: two cross-attentions per layer (NLVR2), merged linearly from the layer `merge_from` on.
+    """
+
+    def __init__(
+        self,
+        config: TextConfig,
+        *,
+        cross_width: int | None,
+        lm_head: bool = False,
+        paired: bool = False,
+        merge_from: int = 6,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+
+        def cross(i: int) -> nn.Module | None:
+            if cross_width is None:
+                return None
+            if paired:
+                return PairedCrossAttention(config, cross_width, merge=i >= merge_from)
+            return CrossAttention(config, cross_width)
+
+        self.layers = nn.ModuleList(TextLayer(config, cross(i)) for i in range(config.num_layers))
+        self.apply(_init_weights)
+        self.lm_head = LMHead(config, self.embeddings.word) if lm_head else None
+        if self.lm_head is not None:
+            _init_weights(self.lm_head.dense)
+            nn.init.zeros_(self.lm_head.decoder.bias)
+
+    def share(self, other: TextTransformer, sharing: Sharing) -> None:
+        """Makes this decoder use `other`'s modules, as table 3 of the paper names them."""
+        if sharing == "nothing":
+            return
+        self.embeddings = other.embeddings
+        if self.lm_head is not None:
+            self.lm_head.decoder.weight = other.embeddings.word.weight
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.feed_forward = theirs.feed_forward
+            if sharing != "all_but_cross_attention":
+                mine.cross_attention = theirs.cross_attention
+            if sharing != "all_but_self_attention":
+                mine.self_attention = theirs.self_attention
+
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Packed `input_ids (T,)` and their `positions (T,)` to `(T, D)`."""
+        return self.embeddings(input_ids, positions)
+
+    def stream(self, input_ids: Tensor, packing: Packing, **options: object) -> TextStream:
+        """A `TextStream` of packed `input_ids (T,)`; raises ShapeError if a text is too long."""
+        if packing.max_seqlen > self.config.max_positions:
+            raise ShapeError(
+                f"a text has {packing.max_seqlen} tokens, but the model "
+                f"{self.config.max_positions} positions: truncate it when tokenising"
+            )
+        hidden = self.embed(input_ids, packing.positions)
+        return TextStream(self, hidden, packing, **options)  # type: ignore[arg-type]
+
+    def cross_states(
+        self, *embeds: Tensor, lengths: Tensor | None = None, project: bool = False
+    ) -> CrossStates:
+        """What this transformer's cross-attention will look at, see `CrossStates`.
+
+        project: compute every layer's K/V now, to be used again and again without gradients.
+        """
+        states = CrossStates(embeds, lengths)
+        if not project:
+            return states
+        layers = [_cross_module(layer).project(embeds) for layer in self.layers]
+        return replace(states, layers=tuple(layers))
+
+
+@dataclass(frozen=True)
+class CrossStates:
+    """`B` images (or questions) that texts look at.
+
+    embeds: one `(B, S, cross_width)` tensor, or two for NLVR2's pairs.
+    lengths: `(B,)` valid tokens of each, where some are padded.
+    layers: each layer's projected K/V, if they were projected ahead (`TextTransformer.cross_states`).
+    """
+
+    embeds: tuple[Tensor, ...]
+    lengths: Tensor | None = None
+    layers: tuple[tuple[KeyValue, ...], ...] | None = None
+
+    @property
+    def size(self) -> int:
+        return self.embeds[0].shape[0]
+
+    def key_values(self, layer: int, module: nn.Module) -> tuple[KeyValue, ...]:
+        if self.layers is not None:
+            return self.layers[layer]
+        return module.project(self.embeds)  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class TextStream:
+    """Texts of one kind on their way through the layers of one transformer.
+
+    hidden: `(T, D)`, embedded. causal: decoded rather than encoded.
+    kv_index: for each text the image it looks at; None for a text on its own.
+    first_only: only each text's first token is wanted ([CLS], [ENC]); the last layer stops there.
+    """
+
+    text: TextTransformer
+    hidden: Tensor
+    packing: Packing
+    causal: bool = False
+    kv_index: Sequence[int] | None = None
+    first_only: bool = False
+
+
+def run_streams(streams: Sequence[TextStream], states: CrossStates | None = None) -> list[Tensor]:
+    """Carries all streams through the layers in one pass; returns `(T, D)`, or `(N, D)`, of each.
+
+    Streams that share a module run through it together, so that an image's K/V are projected and
+    read once for all of them. states: what the streams look at; None skips cross-attention.
+    Raises ConfigError when the transformers differ in depth, or states are given or missing wrongly.
+    """
+    _check_streams(streams, states)
+    num_layers = len(streams[0].text.layers)
+    hidden = torch.cat([s.hidden for s in streams]) if len(streams) > 1 else streams[0].hidden
+    plans: dict[tuple[int, int], CrossPlan] = {}
+    for i in range(num_layers):
+        layers = [s.text.layers[i] for s in streams]
+        parts = [
+            layer.self_attention(part, s.packing, s.causal)  # type: ignore[operator]
+            for layer, part, s in zip(layers, _split(hidden, streams), streams, strict=True)
+        ]
+        if i == num_layers - 1 and any(s.first_only for s in streams):
+            parts = [_first_tokens(part, s) for part, s in zip(parts, streams, strict=True)]
+            streams = [_shortened(s) for s in streams]
+            plans = {}
+        hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if states is not None:
+            hidden = _cross(i, [_cross_module(layer) for layer in layers], hidden, streams, states, plans)
+        feed_forward: list[nn.Module] = [layer.feed_forward for layer in layers]  # type: ignore[misc]
+        hidden = _shared(feed_forward, hidden, streams, lambda module, x, *_: module(x))
+    return list(_split(hidden, streams))
+
+
+def _cross(
+    i: int,
+    modules: list[nn.Module],
+    hidden: Tensor,
+    streams: Sequence[TextStream],
+    states: CrossStates,
+    plans: dict[tuple[int, int], CrossPlan],
+) -> Tensor:
+    def attend(module: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
+        if (start, stop) not in plans:
+            packing, index = streams[start].packing, list(streams[start].kv_index or ())
+            for stream in streams[start + 1 : stop]:
+                packing, index = packing + stream.packing, index + list(stream.kv_index or ())
+            plans[start, stop] = CrossPlan.build(packing, index, states.size, states.lengths)
+        return module(x, states.key_values(i, module), plans[start, stop])
+
+    return _shared(modules, hidden, streams, attend)
+
+
+def _shared(
+    modules: list[nn.Module],
+    hidden: Tensor,
+    streams: Sequence[TextStream],
+    apply: Callable[[nn.Module, Tensor, int, int], Tensor],
+) -> Tensor:
+    """Applies each stream's module to it, once for neighbours that have it in common."""
+    runs = [list(group) for _, group in groupby(range(len(modules)), lambda j: id(modules[j]))]
+    if len(runs) == 1:
+        return apply(modules[0], hidden, 0, len(modules))
+    sizes = [sum(streams[j].packing.total for j in run) for run in runs]
+    parts = zip(runs, hidden.split(sizes), strict=True)
+    return torch.cat([apply(modules[run[0]], x, run[0], run[-1] + 1) for run, x in parts])
+
+
+def _split(hidden: Tensor, streams: Sequence[TextStream]) -> Sequence[Tensor]:
+    return hidden.split([s.packing.total for s in streams]) if len(streams) > 1 else [hidden]
+
+
+def _first_tokens(part: Tensor, stream: TextStream) -> Tensor:
+    return gather_rows(part, stream.packing.first_tokens) if stream.first_only else part
+
+
+def _shortened(stream: TextStream) -> TextStream:
+    if not stream.first_only:
+        return stream
+    ones = Packing.from_lengths([1] * stream.packing.num_sequences, stream.packing.device)
+    return replace(stream, packing=ones)
+
+
+def _cross_module(layer: nn.Module) -> nn.Module:
+    return layer.cross_attention  # type: ignore[return-value]
+
+
+def _check_streams(streams: Sequence[TextStream], states: CrossStates | None) -> None:
+    if len({len(s.text.layers) for s in streams}) != 1:
+        raise ConfigError("streams of one pass must have the same number of layers")
+    if any((s.kv_index is None) != (states is None) for s in streams):
+        raise ConfigError("streams that look at images need both kv_index and states")
+    if any(s.first_only and 0 in s.packing.lengths for s in streams):
+        raise ShapeError("a text has no tokens, so no first token either")
+    if states is not None and any(_cross_module(s.text.layers[0]) is None for s in streams):
+        raise ConfigError("this text transformer was built without cross-attention")
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,141 @@
+"""The image encoder: a ViT with pre-LN blocks, CLS token and learned positions.
+
+Parameter names are timm's (and the original BLIP's), so that such checkpoints load key by key.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from blipfast.errors import ShapeError
+from blipfast.models.config import VisionConfig
+
+
+class Attention(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, S, D)
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, S, head_dim) each
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        hidden = int(config.hidden_size * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.hidden_size, hidden)
+        self.fc2 = nn.Linear(hidden, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: VisionConfig, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = Mlp(config)
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self._maybe_drop(self.attn(self.norm1(x)))
+        return x + self._maybe_drop(self.mlp(self.norm2(x)))
+
+    def _maybe_drop(self, branch: Tensor) -> Tensor:
+        """Stochastic depth: the branch is dropped per image, the rest scaled up."""
+        if not self.training or self.drop_path == 0.0:
+            return branch
+        keep = 1.0 - self.drop_path
+        mask = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep)
+        return branch * mask / keep
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(
+            3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.proj(pixel_values).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """`pixel_values (B, 3, image_size, image_size)` to `image_embeds (B, S, D)`, CLS token first.
+
+    gradient_checkpointing: how many of the last blocks recompute their activations in the backward.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = 0
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, config.hidden_size))
+        self.patch_embed = PatchEmbed(config)
+        depth = max(config.num_layers - 1, 1)
+        self.blocks = nn.ModuleList(
+            Block(config, config.drop_path_rate * i / depth) for i in range(config.num_layers)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.apply(_init_weights)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Raises ShapeError when the images are not of the configured size."""
+        size = self.config.image_size
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
+            raise ShapeError(
+                f"pixel_values must be (B, 3, {size}, {size}), got {tuple(pixel_values.shape)}; "
+                "resize the images, or load the model with image_size=…"
+            )
+        x = self.patch_embed(pixel_values)
+        cls_token = self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1)
+        x = torch.cat([cls_token, x], dim=1) + self.pos_embed.to(x.dtype)
+        first_recomputed = len(self.blocks) - self.gradient_checkpointing
+        for i, block in enumerate(self.blocks):
+            if self.training and i >= first_recomputed:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return self.norm(x)
+
+
+def interpolate_pos_embed(pos_embed: Tensor, num_tokens: int) -> Tensor:
+    """Bicubic interpolation of `(1, 1 + grid^2, D)` positions to another square grid (section 4.2).
+
+    The CLS token's position stays as it is. Raises ShapeError when either grid is not square.
+    """
+    if pos_embed.shape[1] == num_tokens:
+        return pos_embed
+    old, new = (math.isqrt(n - 1) for n in (pos_embed.shape[1], num_tokens))
+    if old * old + 1 != pos_embed.shape[1] or new * new + 1 != num_tokens:
+        raise ShapeError(
+            f"cannot interpolate {pos_embed.shape[1]} positions to {num_tokens}: "
+            "both must be a square grid and the CLS token"
+        )
+    grid = pos_embed[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,238 @@
+"""Attention over packed text.
+
+- `varlen_attention`: self-attention within each of `N` packed sequences, bidirectional or causal.
+- `cross_attention`: each sequence looks at one of `B` key/value sets, named by `kv_index`. Many
+  sequences may share a set (an image's captions, beams, answer candidates), which is projected, read
+  and differentiated once. This is MED's image grounding (BLIP, section 3.1) as one operator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blipfast.errors import ShapeError
+from blipfast.ops._dispatch import Backends
+from blipfast.ops.packing import Packing, gather_rows, scatter_rows
+
+varlen_backends = Backends("varlen_attention")
+cross_backends = Backends("cross_attention")
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    *,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """`softmax(q k^T / sqrt(head_dim)) v` within each packed sequence.
+
+    q, k, v: `(T, H, head_dim)`, any float dtype. Returns `(T, H, head_dim)`.
+    Raises ShapeError when the tensors disagree with each other or with `packing`.
+    """
+    if not (q.shape == k.shape == v.shape) or q.dim() != 3:
+        raise ShapeError(
+            f"q, k and v must all be (T, H, head_dim), got {tuple(q.shape)}, {tuple(k.shape)}, "
+            f"{tuple(v.shape)}"
+        )
+    if q.shape[0] != packing.total:
+        raise ShapeError(f"q holds {q.shape[0]} tokens, but the packing {packing.total}")
+    if q.shape[0] == 0:
+        return q.clone()
+    return varlen_backends(q, impl)(q, k, v, packing, causal, dropout_p)
+
+
+@varlen_backends.register("torch")
+def _varlen_torch(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool, dropout_p: float
+) -> Tensor:
+    """Pads to the longest sequence for SDPA: texts are short, and the linear layers stay packed."""
+    q, k, v = (packing.pad(x).transpose(1, 2) for x in (q, k, v))  # (N, H, L, head_dim)
+    # Under a causal mask no token sees the padding that follows it.
+    mask = None if causal or packing.uniform else packing.mask[:, None, None, :]
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal
+    )
+    return packing.unpad(out.transpose(1, 2))
+
+
+@varlen_backends.register("reference")
+def varlen_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool = False, dropout_p: float = 0.0
+) -> Tensor:
+    """One sequence after the other, from the formula."""
+    outputs = []
+    for q_n, k_n, v_n in zip(
+        *(x.split(list(packing.lengths)) for x in (q, k, v)), strict=True
+    ):  # (L, H, head_dim) each
+        scores = torch.einsum("qhd,khd->hqk", q_n, k_n) / math.sqrt(q.shape[-1])
+        if causal:
+            ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(ahead, -math.inf)
+        probs = F.dropout(scores.softmax(-1), dropout_p)
+        outputs.append(torch.einsum("hqk,khd->qhd", probs, v_n))
+    return torch.cat(outputs)
+
+
+@dataclass(frozen=True)
+class CrossPlan:
+    """Which query rows look at which key/value set: built once, used by every layer.
+
+    packing: the layout of the queries. kv_index: for each sequence its key/value set, on the host.
+    num_kv: how many sets there are. kv_lengths: valid keys of each set, where some are padded.
+    """
+
+    packing: Packing
+    kv_index: tuple[int, ...]
+    num_kv: int
+    kv_lengths: Tensor | None = None
+
+    @classmethod
+    def build(
+        cls,
+        packing: Packing,
+        kv_index: Sequence[int] | Tensor,
+        num_kv: int,
+        kv_lengths: Tensor | None = None,
+    ) -> CrossPlan:
+        """Raises ShapeError on an index out of range or of the wrong length."""
+        index = tuple(kv_index.tolist() if isinstance(kv_index, Tensor) else kv_index)
+        if len(index) != packing.num_sequences:
+            raise ShapeError(
+                f"kv_index names {len(index)} sets for {packing.num_sequences} sequences"
+            )
+        if any(not 0 <= i < num_kv for i in index):
+            raise ShapeError(f"kv_index must lie in [0, {num_kv}), got {list(index)}")
+        if kv_lengths is not None and kv_lengths.shape != (num_kv,):
+            raise ShapeError(f"kv_lengths must be ({num_kv},), got {tuple(kv_lengths.shape)}")
+        return cls(packing, index, num_kv, kv_lengths)
+
+    @cached_property
+    def grouped(self) -> Packing:
+        """The queries regrouped: one ragged row of tokens per key/value set."""
+        rows = [0] * self.num_kv
+        for i, length in zip(self.kv_index, self.packing.lengths, strict=True):
+            rows[i] += length
+        return Packing.from_lengths(rows, self.packing.device)
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """`(T,)` packed token index in grouped order; None when the texts are in it already."""
+        by_set = sorted(range(len(self.kv_index)), key=self.kv_index.__getitem__)
+        if by_set == list(range(len(by_set))):
+            return None
+        return self.packing.select(by_set)[1]
+
+    @cached_property
+    def slots(self) -> Tensor | None:
+        """`(T,)`: each token's row in the padded `(num_kv * max rows)` grid; None for a mere view."""
+        if self.order is None:
+            return None if self.grouped.uniform else self.grouped.slots
+        slots = torch.empty_like(self.order)
+        slots[self.order] = self.grouped.slots
+        return slots
+
+    def mask_for(self, num_keys: int) -> Tensor | None:
+        """`(num_kv, 1, 1, num_keys)` bool, True for a valid key; None when all are valid."""
+        if self.kv_lengths is None:
+            return None
+        columns = torch.arange(num_keys, device=self.kv_lengths.device)
+        return (columns[None, :] < self.kv_lengths[:, None])[:, None, None, :]
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: CrossPlan,
+    *,
+    dropout_p: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """`softmax(q_n k_{i(n)}^T / sqrt(head_dim)) v_{i(n)}` for each sequence n, with i = kv_index.
+
+    q: `(T, H, head_dim)`, packed. k, v: `(B, H, S, head_dim)`. Returns `(T, H, head_dim)`.
+    dK and dV sum over all sequences that look at a set, without atomics.
+    Raises ShapeError when heads, dims, sets or tokens disagree.
+    """
+    if q.dim() != 3 or k.dim() != 4 or k.shape != v.shape:
+        raise ShapeError(
+            "q must be (T, H, head_dim), k and v (B, H, S, head_dim), got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if (k.shape[1], k.shape[3]) != (q.shape[1], q.shape[2]):
+        raise ShapeError(
+            f"q has {q.shape[1]} heads of {q.shape[2]}, but k {k.shape[1]} of {k.shape[3]}"
+        )
+    if q.shape[0] != plan.packing.total or k.shape[0] != plan.num_kv:
+        raise ShapeError(
+            f"the plan is for {plan.packing.total} tokens and {plan.num_kv} key/value sets, "
+            f"got {q.shape[0]} and {k.shape[0]}"
+        )
+    if q.device != k.device or q.dtype != k.dtype:
+        raise ShapeError(f"q is {q.dtype} on {q.device}, but k {k.dtype} on {k.device}")
+    if q.shape[0] == 0:
+        return q.clone()
+    return cross_backends(q, impl)(q, k, v, plan, dropout_p)
+
+
+# Padding each set's rows to the longest wastes work when a few sets are far more looked at.
+_MAX_PADDING = 3.0
+
+
+@cross_backends.register("torch")
+def _cross_torch(q: Tensor, k: Tensor, v: Tensor, plan: CrossPlan, dropout_p: float) -> Tensor:
+    grouped = plan.grouped
+    padded_rows = plan.num_kv * grouped.max_seqlen
+    if padded_rows > _MAX_PADDING * q.shape[0]:
+        return _cross_by_set(q, k, v, plan, dropout_p)
+    grid = q if plan.slots is None else scatter_rows(q, plan.slots, padded_rows)
+    grid = grid.reshape(plan.num_kv, grouped.max_seqlen, *q.shape[1:]).transpose(1, 2)
+    mask = plan.mask_for(k.shape[2])
+    out = F.scaled_dot_product_attention(grid, k, v, attn_mask=mask, dropout_p=dropout_p)
+    rows = out.transpose(1, 2).flatten(0, 1)
+    return rows if plan.slots is None else gather_rows(rows, plan.slots)
+
+
+def _cross_by_set(q: Tensor, k: Tensor, v: Tensor, plan: CrossPlan, dropout_p: float) -> Tensor:
+    ordered = q if plan.order is None else gather_rows(q, plan.order)
+    mask = plan.mask_for(k.shape[2])
+    outputs = []
+    for i, rows in enumerate(ordered.split(list(plan.grouped.lengths))):
+        if rows.shape[0]:
+            out = F.scaled_dot_product_attention(
+                rows.transpose(0, 1)[None],
+                k[i : i + 1],
+                v[i : i + 1],
+                attn_mask=None if mask is None else mask[i : i + 1],
+                dropout_p=dropout_p,
+            )
+            outputs.append(out[0].transpose(0, 1))
+    out = torch.cat(outputs)
+    return out if plan.order is None else scatter_rows(out, plan.order, q.shape[0])
+
+
+@cross_backends.register("reference")
+def cross_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, plan: CrossPlan, dropout_p: float = 0.0
+) -> Tensor:
+    """One sequence after the other, from the formula."""
+    outputs = []
+    mask = plan.mask_for(k.shape[2])
+    for q_n, i in zip(q.split(list(plan.packing.lengths)), plan.kv_index, strict=True):
+        scores = torch.einsum("qhd,hkd->hqk", q_n, k[i]) / math.sqrt(q.shape[-1])
+        if mask is not None:
+            scores = scores.masked_fill(~mask[i], -math.inf)
+        probs = F.dropout(scores.softmax(-1), dropout_p)
+        outputs.append(torch.einsum("hqk,hkd->qhd", probs, v[i]))
+    return torch.cat(outputs)

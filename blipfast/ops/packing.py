@@ -1,0 +1,175 @@
+"""Ragged sequences without padding.
+
+`Packing` says where `N` sequences lie in one packed `(T, ...)` tensor, in the terms of flash-attention's
+varlen interface (`cu_seqlens`, `max_seqlen`). It is built once per batch and used by every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from blipfast.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The layout of `N` sequences packed one after the other.
+
+    lengths: tokens of each sequence, on the host, so that no kernel launch waits for the device.
+    device: where the index tensors live.
+    """
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
+        if any(length < 0 for length in lengths):
+            raise ShapeError(f"lengths must not be negative, got {list(lengths)}")
+        return cls(tuple(int(length) for length in lengths), torch.device(device))
+
+    @classmethod
+    def from_mask(cls, attention_mask: Tensor) -> Packing:
+        """From a right-padded mask `(N, L)`, 1 for a token and 0 for padding.
+
+        Raises ShapeError when the mask is not two-dimensional or a token follows padding.
+        """
+        if attention_mask.dim() != 2:
+            raise ShapeError(f"attention_mask must be (N, L), got {tuple(attention_mask.shape)}")
+        mask = attention_mask.bool()
+        if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise ShapeError("attention_mask must be right-padded: a 1 follows a 0")
+        return cls.from_lengths(mask.sum(1).tolist(), attention_mask.device)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def total(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def max_seqlen(self) -> int:
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def uniform(self) -> bool:
+        """All sequences have the same length, so that padding is a mere view."""
+        return self.total == self.max_seqlen * self.num_sequences
+
+    @cached_property
+    def lengths_tensor(self) -> Tensor:
+        """`(N,)` int64."""
+        return torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """`(N + 1,)` int32: sequence `n` is tokens `cu_seqlens[n]:cu_seqlens[n + 1]`."""
+        zero = self.lengths_tensor.new_zeros(1)
+        return torch.cat([zero, self.lengths_tensor.cumsum(0)]).to(torch.int32)
+
+    @cached_property
+    def sequence_ids(self) -> Tensor:
+        """`(T,)` int64: the sequence each token belongs to."""
+        sequences = torch.arange(self.num_sequences, device=self.device)
+        return sequences.repeat_interleave(self.lengths_tensor, output_size=self.total)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """`(T,)` int64: the place of each token within its sequence."""
+        starts = self.cu_seqlens[:-1].to(torch.int64)[self.sequence_ids]
+        return torch.arange(self.total, device=self.device) - starts
+
+    @cached_property
+    def first_tokens(self) -> Tensor:
+        """`(N,)` int64: the packed index of each sequence's first token."""
+        return self.cu_seqlens[:-1].to(torch.int64)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """`(N, max_seqlen)` bool, True for a token."""
+        columns = torch.arange(self.max_seqlen, device=self.device)
+        return columns[None, :] < self.lengths_tensor[:, None]
+
+    def _slots(self, width: int) -> Tensor:
+        return self.sequence_ids * width + self.positions
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """`(T,)` int64: each token's row in the padded `(N * max_seqlen, ...)` tensor."""
+        return self._slots(self.max_seqlen)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """`(T, ...)` to `(N, max_seqlen, ...)`, zeros where there is no token."""
+        shape = (self.num_sequences, self.max_seqlen, *packed.shape[1:])
+        if self.uniform:
+            return packed.reshape(shape)
+        return scatter_rows(packed, self.slots, shape[0] * shape[1]).reshape(shape)
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """`(N, L, ...)` with `L >= max_seqlen` to `(T, ...)`."""
+        if padded.shape[:1] != (self.num_sequences,) or padded.shape[1] < self.max_seqlen:
+            raise ShapeError(
+                f"expected ({self.num_sequences}, >= {self.max_seqlen}, ...) to unpad, "
+                f"got {tuple(padded.shape)}"
+            )
+        rows = padded.flatten(0, 1)
+        if self.uniform and padded.shape[1] == self.max_seqlen:
+            return rows
+        slots = self.slots if padded.shape[1] == self.max_seqlen else self._slots(padded.shape[1])
+        return gather_rows(rows, slots)
+
+    def select(self, index: Sequence[int]) -> tuple[Packing, Tensor]:
+        """The packing of the sequences in `index` and the `(T',)` token index that gathers them."""
+        chosen = Packing.from_lengths([self.lengths[i] for i in index], self.device)
+        order = torch.as_tensor(index, dtype=torch.int64, device=self.device)
+        starts = self.first_tokens[order]
+        return chosen, starts[chosen.sequence_ids] + chosen.positions
+
+    def __add__(self, other: Packing) -> Packing:
+        """The packing of `torch.cat([a, b])`."""
+        return Packing(self.lengths + other.lengths, self.device)
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows at distinct indices. The backward is a plain copy: no row is read twice, so no atomics."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(index)
+        ctx.num_rows = rows.shape[0]
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return scatter_rows(grad, index, ctx.num_rows), None
+
+
+class _ScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, index: Tensor, num_rows: int) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(index)
+        out = rows.new_zeros((num_rows, *rows.shape[1:]))
+        return out.index_copy_(0, index, rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return gather_rows(grad, index), None, None
+
+
+def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """`rows[index]` for an `index` without repeats, with a backward that copies."""
+    return _GatherRows.apply(rows, index)
+
+
+def scatter_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
+    """Zeros `(num_rows, ...)` with `rows` at `index` (no repeats): the inverse of `gather_rows`."""
+    return _ScatterRows.apply(rows, index, num_rows)

@@ -1,0 +1,145 @@
+"""Visual question answering (section 5.3): a question encoder and an answer decoder.
+
+Training weighs several answers per question; inference generates, or ranks a fixed list of answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blipfast.errors import ShapeError
+from blipfast.models.blip import Blip, PackedText
+from blipfast.models.config import BlipConfig
+from blipfast.models.text import CrossStates, run_streams
+from blipfast.objectives.lm import lm_loss
+
+
+@dataclass
+class VQAOutput:
+    """The weighted LM loss (scalar) and the loss of each answer `(A,)`."""
+
+    loss_lm: Tensor
+    loss_per_answer: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        return self.loss_lm
+
+    def losses(self) -> dict[str, Tensor]:
+        return {"lm": self.loss_lm}
+
+
+@dataclass
+class RankedAnswers:
+    """The k candidates of each question, best first.
+
+    answer_ids: `(B, k)` indices into the answer list. log_likelihood: `(B, k)` of the whole answer.
+    """
+
+    answer_ids: Tensor
+    log_likelihood: Tensor
+
+
+class BlipForVQA(Blip):
+    """Image encoder, image-grounded question encoder, and a decoder that looks at the question.
+
+    label_smoothing: of LM; the original's ranking scores have it in them too.
+    """
+
+    def __init__(self, config: BlipConfig, *, label_smoothing: float = 0.1) -> None:
+        super().__init__(config, text_decoder="question")
+        self.label_smoothing = label_smoothing
+
+    def encode_question(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> CrossStates:
+        """What the answer decoder looks at: `(B, L, D)` question states and their lengths."""
+        text = PackedText.from_padded(input_ids, attention_mask)
+        return self.question_states(self.encode_image(pixel_values), text)
+
+    def question_states(self, image_embeds: Tensor, text: PackedText) -> CrossStates:
+        """As `encode_question`, of images encoded before."""
+        if image_embeds.shape[0] != text.packing.num_sequences:
+            raise ShapeError(
+                f"{image_embeds.shape[0]} images came with {text.packing.num_sequences} questions"
+            )
+        stream = self.grounded_stream(text, range(image_embeds.shape[0]))
+        hidden = run_streams([stream], self.image_states(image_embeds))[0]
+        assert self.text_decoder is not None
+        lengths = None if text.packing.uniform else text.packing.lengths_tensor
+        return self.text_decoder.cross_states(text.packing.pad(hidden), lengths=lengths)
+
+    def answer_losses(
+        self, states: CrossStates, answers: PackedText, question_index: Sequence[int]
+    ) -> Tensor:
+        """`(A,)`: the summed token losses of each answer to the question it names."""
+        assert self.text_decoder is not None and self.text_decoder.lm_head is not None
+        inputs, labels = answers.shifted()
+        hidden = run_streams([self.decoder_stream(inputs, question_index)], states)[0]
+        losses = lm_loss(
+            hidden, labels, self.text_decoder.lm_head, label_smoothing=self.label_smoothing,
+            reduction="none",
+        )
+        sums = losses.new_zeros(inputs.packing.num_sequences)
+        return sums.index_add(0, inputs.packing.sequence_ids, losses)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        question_ids: Tensor,
+        question_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        *,
+        answers_per_question: Sequence[int],
+        weights: Tensor,
+    ) -> VQAOutput:
+        """The answers' weighted losses, summed and divided by the number of images.
+
+        answer_ids: `(A, L)`, the answers of all questions in order, `answers_per_question` of each.
+        weights: `(A,)`, e.g. the share of annotators who gave it.
+        """
+        states = self.encode_question(pixel_values, question_ids, question_mask)
+        index = [q for q, n in enumerate(answers_per_question) for _ in range(n)]
+        if len(index) != answer_ids.shape[0] or len(answers_per_question) != states.size:
+            raise ShapeError(
+                f"answers_per_question {list(answers_per_question)} does not fit {states.size} "
+                f"questions and {answer_ids.shape[0]} answers"
+            )
+        answers = PackedText.from_padded(answer_ids, answer_mask)
+        losses = self.answer_losses(states, answers, index)
+        loss = (losses * weights.to(losses)).sum() / pixel_values.shape[0]
+        return VQAOutput(loss, losses)
+
+    @torch.no_grad()
+    def rank(self, states: CrossStates, answers: PackedText, k: int = 128) -> RankedAnswers:
+        """Ranks a fixed answer list for each question, as the paper's VQA evaluation does.
+
+        The probability of an answer's first token selects k candidates; the log-likelihood of the
+        whole answer orders them. All candidates of a question share its projected K/V.
+        """
+        assert self.text_decoder is not None
+        states = self.text_decoder.cross_states(
+            *states.embeds, lengths=states.lengths, project=True
+        )
+        first = answers.input_ids[answers.packing.first_tokens + 1]
+        k = min(k, answers.packing.num_sequences)
+        probs = self.first_token_logits(states).float().softmax(-1)[:, first]
+        candidates = probs.topk(k, dim=1).indices  # (B, k)
+        questions = [q for q in range(states.size) for _ in range(k)]
+        chosen = answers.select(candidates.flatten().tolist())
+        scores = -self.answer_losses(states, chosen, questions).view(-1, k)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        return RankedAnswers(candidates.gather(1, order), scores.gather(1, order))
+
+    def first_token_logits(self, states: CrossStates) -> Tensor:
+        """`(B, V)`: logits of each question's first answer token."""
+        assert self.text_decoder is not None and self.text_decoder.lm_head is not None
+        starts = states.embeds[0].new_ones((states.size, 1), dtype=torch.int64)
+        text = PackedText.from_padded(starts, starts)
+        stream = self.decoder_stream(text, range(states.size))
+        return self.text_decoder.lm_head(run_streams([stream], states)[0])
