@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blipfast.errors import ShapeError
+from blipfast.errors import ConfigError, ShapeError
 from blipfast.models.config import BlipConfig, TextConfig
-from blipfast.models.text import CrossStates, TextStream, TextTransformer, run_streams
+from blipfast.models.text import CrossStates, LMHead, TextStream, TextTransformer, run_streams
 from blipfast.models.vit import VisionTransformer
 from blipfast.ops.packing import Packing
 
@@ -108,6 +108,21 @@ class Blip(nn.Module):
     def text_config(self) -> TextConfig:
         return self.config.text
 
+    @property
+    def encoder(self) -> TextTransformer:
+        """The text encoder of a model that has one."""
+        return _required(self.text_encoder, "text encoder")
+
+    @property
+    def decoder(self) -> TextTransformer:
+        """The text decoder of a model that has one."""
+        return _required(self.text_decoder, "text decoder")
+
+    @property
+    def lm_head(self) -> LMHead:
+        """The decoder's prediction head."""
+        return _required(self.decoder.lm_head, "prediction head")
+
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """`(B, 3, image_size, image_size)` to `image_embeds (B, S, D)`."""
         return self.visual_encoder(pixel_values)
@@ -123,9 +138,7 @@ class Blip(nn.Module):
     def encode_text(self, text: PackedText, *, first_only: bool = False) -> Tensor:
         """Unimodal text encoder: `(T, D)`, or the first tokens' `(N, D)`."""
         text = text.starting_with(self.text_config.cls_token_id)
-        stream = _required(self.text_encoder, "text encoder").stream(
-            text.input_ids, text.packing, first_only=first_only
-        )
+        stream = self.encoder.stream(text.input_ids, text.packing, first_only=first_only)
         return run_streams([stream])[0]
 
     def grounded_stream(
@@ -133,14 +146,14 @@ class Blip(nn.Module):
     ) -> TextStream:
         """Texts to be encoded in the light of the images they name, starting with [ENC]."""
         text = text.starting_with(self.text_config.enc_token_id)
-        encoder = _required(self.text_encoder, "text encoder")
-        return encoder.stream(text.input_ids, text.packing, kv_index=kv_index, first_only=first_only)
+        return self.encoder.stream(
+            text.input_ids, text.packing, kv_index=kv_index, first_only=first_only
+        )
 
     def decoder_stream(self, text: PackedText, kv_index: Sequence[int]) -> TextStream:
         """Texts to be decoded in the light of what they name, starting with [DEC]."""
         text = text.starting_with(self.text_config.dec_token_id)
-        decoder = _required(self.text_decoder, "text decoder")
-        return decoder.stream(text.input_ids, text.packing, kv_index=kv_index, causal=True)
+        return self.decoder.stream(text.input_ids, text.packing, kv_index=kv_index, causal=True)
 
     def match(self, text: PackedText, states: CrossStates, kv_index: Sequence[int]) -> Tensor:
         """ITM logits `(N, 2)` of each text with the image it names; class 1 is a match."""
@@ -158,12 +171,14 @@ class Blip(nn.Module):
 
         project: K/V of all layers now, for use without gradients by many texts in several calls.
         """
-        module = self.text_decoder if decoder else self.text_encoder
-        part = "text decoder" if decoder else "text encoder"
-        return _required(module, part).cross_states(image_embeds, project=project)
+        module = self.decoder if decoder else self.encoder
+        return module.cross_states(image_embeds, project=project)
 
 
-def _required(module: TextTransformer | None, part: str) -> TextTransformer:
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def _required(module: _Module | None, part: str) -> _Module:
     if module is None:
-        raise AttributeError(f"this model has no {part}")
+        raise ConfigError(f"this model was built without a {part}")
     return module

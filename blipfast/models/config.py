@@ -167,7 +167,11 @@ def blip_demo() -> BlipConfig:
             image_size=64, patch_size=8, hidden_size=256, num_layers=6, num_heads=4
         ),
         text=TextConfig(
-            hidden_size=384, num_layers=6, num_heads=12, intermediate_size=1_536, dropout=0.0,
+            hidden_size=384,
+            num_layers=6,
+            num_heads=12,
+            intermediate_size=1_536,
+            dropout=0.0,
             attention_dropout=0.0,
         ),
         embed_dim=128,
@@ -180,8 +184,15 @@ def blip_tiny() -> BlipConfig:
     return BlipConfig(
         vision=VisionConfig(image_size=32, patch_size=8, hidden_size=64, num_layers=2, num_heads=4),
         text=TextConfig(
-            vocab_size=452, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=128,
-            max_positions=64, dropout=0.0, attention_dropout=0.0, dec_token_id=450,
+            vocab_size=452,
+            hidden_size=64,
+            num_layers=2,
+            num_heads=4,
+            intermediate_size=128,
+            max_positions=64,
+            dropout=0.0,
+            attention_dropout=0.0,
+            dec_token_id=450,
             enc_token_id=451,
         ),
         embed_dim=32,

@@ -1,7 +1,7 @@
 """MED as the original runs it: padded, eager, one pass for each use.
 
-The plain formulation that the packed one must equal, and the baseline it is timed against: texts are
-padded, attention is matmul and softmax, and the image's K/V are projected again in every pass.
+The plain formulation that the packed one must equal, and the baseline it is timed against: texts
+are padded, attention is matmul and softmax, and the image's K/V are projected again in every pass.
 It uses the very parameters of a `TextTransformer`.
 """
 
@@ -39,7 +39,9 @@ def encode_padded(
         assert isinstance(layer, TextLayer)
         attention = layer.self_attention
         q, k, v = attention.qkv(hidden).chunk(3, dim=-1)
-        out = _attend(q, k, v, attention.num_heads, mask, attention.attention_dropout * text.training)
+        out = _attend(
+            q, k, v, attention.num_heads, mask, attention.attention_dropout * text.training
+        )
         hidden = attention.out(out, hidden)
         if cross_embeds is not None:
             cross = layer.cross_attention

@@ -4,8 +4,8 @@
   closed by a residual and a LayerNorm (post-LN).
 - Texts are packed: no layer computes on padding. `Packing` says where each text lies.
 - K/V of an image are projected once per layer, whoever looks at it (`CrossStates`).
-- `run_streams` carries several kinds of text (encoded bidirectionally, decoded causally) through the
-  layers in one pass; they meet in every module they share and part only where they do not.
+- `run_streams` carries several kinds of text (encoded bidirectionally, decoded causally) through
+  the layers in one pass; they meet in every module they share and part only where they do not.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ class TextTransformer(nn.Module):
         states = CrossStates(embeds, lengths)
         if not project:
             return states
-        layers = [_cross_module(layer).project(embeds) for layer in self.layers]
+        layers = [_cross_module(layer).project(embeds) for layer in self.layers]  # type: ignore[operator]
         return replace(states, layers=tuple(layers))
 
 
@@ -255,7 +255,7 @@ class CrossStates:
 
     embeds: one `(B, S, cross_width)` tensor, or two for NLVR2's pairs.
     lengths: `(B,)` valid tokens of each, where some are padded.
-    layers: each layer's projected K/V, if they were projected ahead (`TextTransformer.cross_states`).
+    layers: each layer's projected K/V, if projected ahead (`TextTransformer.cross_states`).
     """
 
     embeds: tuple[Tensor, ...]
@@ -294,7 +294,7 @@ def run_streams(streams: Sequence[TextStream], states: CrossStates | None = None
 
     Streams that share a module run through it together, so that an image's K/V are projected and
     read once for all of them. states: what the streams look at; None skips cross-attention.
-    Raises ConfigError when the transformers differ in depth, or states are given or missing wrongly.
+    Raises ConfigError when the transformers differ in depth, or states are wrongly given or missing.
     """
     _check_streams(streams, states)
     num_layers = len(streams[0].text.layers)
@@ -312,7 +312,9 @@ def run_streams(streams: Sequence[TextStream], states: CrossStates | None = None
             plans = {}
         hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
         if states is not None:
-            hidden = _cross(i, [_cross_module(layer) for layer in layers], hidden, streams, states, plans)
+            hidden = _cross(
+                i, [_cross_module(layer) for layer in layers], hidden, streams, states, plans
+            )
         feed_forward: list[nn.Module] = [layer.feed_forward for layer in layers]  # type: ignore[misc]
         hidden = _shared(feed_forward, hidden, streams, lambda module, x, *_: module(x))
     return list(_split(hidden, streams))

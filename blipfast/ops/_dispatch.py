@@ -76,7 +76,7 @@ class Backends:
             if reason is not None:
                 raise BackendError(f"{self.op}: backend {name!r} (asked for by {source}): {reason}")
             return name, f"asked for by {source}"
-        passed_over = []
+        passed_over: list[str] = []
         for backend in self._backends.values():
             reason = backend.why_not(tensor)
             if reason is None:
@@ -119,7 +119,9 @@ def use_backend(**backends: str) -> Iterator[None]:
         _overrides.reset(token)
 
 
-def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def explain(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
     """For each operator, the backend that `auto` takes on `device` and why (used by `blipfast info`)."""
     probe = torch.empty(0, device=device, dtype=dtype)
     return {op: table.choose(probe) for op, table in sorted(_tables.items())}

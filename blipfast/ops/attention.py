@@ -2,8 +2,8 @@
 
 - `varlen_attention`: self-attention within each of `N` packed sequences, bidirectional or causal.
 - `cross_attention`: each sequence looks at one of `B` key/value sets, named by `kv_index`. Many
-  sequences may share a set (an image's captions, beams, answer candidates), which is projected, read
-  and differentiated once. This is MED's image grounding (BLIP, section 3.1) as one operator.
+  sequences may share a set (an image's captions, beams, answer candidates), which is projected,
+  read and differentiated once. This is MED's image grounding (BLIP, section 3.1) as one operator.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class CrossPlan:
 
     @cached_property
     def slots(self) -> Tensor | None:
-        """`(T,)`: each token's row in the padded `(num_kv * max rows)` grid; None for a mere view."""
+        """`(T,)`: each token's row in the padded `(num_kv * max rows)` grid; None if it is a view."""
         if self.order is None:
             return None if self.grouped.uniform else self.grouped.slots
         slots = torch.empty_like(self.order)

@@ -1,7 +1,7 @@
 """Ragged sequences without padding.
 
-`Packing` says where `N` sequences lie in one packed `(T, ...)` tensor, in the terms of flash-attention's
-varlen interface (`cu_seqlens`, `max_seqlen`). It is built once per batch and used by every layer.
+`Packing` says where `N` sequences lie in one packed `(T, ...)` tensor, in the terms of
+flash-attention's varlen interface (`cu_seqlens`, `max_seqlen`). It is built once per batch and used by every layer.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Packing:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Rows at distinct indices. The backward is a plain copy: no row is read twice, so no atomics."""
+    """Rows at distinct indices, so that the backward is a plain copy, without atomics."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]

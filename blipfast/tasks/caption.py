@@ -56,6 +56,6 @@ class BlipForCaptioning(Blip):
         inputs, labels = text.shifted()
         hidden = self.decode(self.encode_image(pixel_values), inputs)
         labels = labels.masked_fill(inputs.packing.positions < prompt_length - 1, -100)
-        assert self.text_decoder is not None and self.text_decoder.lm_head is not None
-        head = self.text_decoder.lm_head
-        return CaptionOutput(lm_loss(hidden, labels, head, label_smoothing=self.label_smoothing))
+        return CaptionOutput(
+            lm_loss(hidden, labels, self.lm_head, label_smoothing=self.label_smoothing)
+        )

@@ -50,10 +50,9 @@ class BlipForNLVR(Blip):
             raise ShapeError(
                 f"pixel_values must be (B, 2, 3, H, W), got {tuple(pixel_values.shape)}"
             )
-        assert self.text_encoder is not None
         text = PackedText.from_padded(input_ids, attention_mask)
         embeds = self.encode_image(pixel_values.flatten(0, 1)).unflatten(0, (-1, 2))
-        states = self.text_encoder.cross_states(embeds[:, 0], embeds[:, 1])
+        states = self.encoder.cross_states(embeds[:, 0], embeds[:, 1])
         stream = self.grounded_stream(text, range(states.size), first_only=True)
         logits = self.cls_head(run_streams([stream], states)[0])
         return NLVROutput(logits, None if labels is None else F.cross_entropy(logits, labels))

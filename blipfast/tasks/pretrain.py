@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from blipfast.errors import ShapeError
@@ -58,8 +57,7 @@ class BlipForPretraining(Blip):
         label_smoothing: float = 0.1,
     ) -> None:
         super().__init__(config, text_decoder="image", contrastive=True, num_classes=2)
-        assert self.text_encoder is not None and self.text_decoder is not None
-        self.text_decoder.share(self.text_encoder, config.sharing)
+        self.decoder.share(self.encoder, config.sharing)
         self.momentum = momentum
         self.exclude_equal_ids = exclude_equal_ids
         self.label_smoothing = label_smoothing
@@ -104,8 +102,15 @@ class BlipForPretraining(Blip):
             self.queue.enqueue(image_feat_m, text_feat_m)
         if negatives is None:
             negatives = draw_negatives(
-                image_feat, text_feat, image_feat_m, text_feat_m, self.temp, eps=1e-4,
-                image_ids=image_ids if self.exclude_equal_ids else None, seed=seed, step=step,
+                image_feat,
+                text_feat,
+                image_feat_m,
+                text_feat_m,
+                self.temp,
+                eps=1e-4,
+                image_ids=image_ids if self.exclude_equal_ids else None,
+                seed=seed,
+                step=step,
             )
         itm_logits, loss_lm = self.ground(image_embeds, text, negatives)
         loss_itm = itm_loss(itm_logits, negatives)
@@ -122,10 +127,7 @@ class BlipForPretraining(Blip):
         decoder_stream = self.decoder_stream(inputs, range(batch))
         states = self.image_states(image_embeds)
         first, decoded = run_streams([encoder_stream, decoder_stream], states)
-        assert self.text_decoder is not None and self.text_decoder.lm_head is not None
-        loss_lm = lm_loss(
-            decoded, labels, self.text_decoder.lm_head, label_smoothing=self.label_smoothing
-        )
+        loss_lm = lm_loss(decoded, labels, self.lm_head, label_smoothing=self.label_smoothing)
         return self.itm_head(first), loss_lm
 
 
@@ -134,9 +136,9 @@ def itm_pairs(
 ) -> tuple[PackedText, list[int]]:
     """ITM's 3B pairs: the positives, each text with a drawn image, each image with a drawn text.
 
-    own: the place of the batch's own images among all images looked at. pool: the texts that negatives
-    are drawn from, by default `text` itself. A row with nothing to draw stands in for itself; the loss
-    leaves it out.
+    own: the place of the batch's own images among all images looked at. pool: the texts that
+    negatives are drawn from, by default `text` itself. A row with nothing to draw stands in for
+    itself; the loss leaves it out.
     """
     images = [j if j >= 0 else i for i, j in zip(own, negatives.image_index.tolist(), strict=True)]
     texts = [j if j >= 0 else i for i, j in zip(own, negatives.text_index.tolist(), strict=True)]

@@ -1,4 +1,4 @@
-"""Image-text retrieval: fine-tuning with ITC and ITM, scoring by ITC, re-ranking by ITM (section 5.1).
+"""Image-text retrieval (section 5.1): fine-tuning with ITC and ITM, matching of pairs.
 
 Also the ITM scorer and CapFilt's filter: `match_pairs` gives each pair's matching probability.
 """
@@ -57,7 +57,9 @@ class BlipForRetrieval(Blip):
         self.momentum = momentum
         self.negatives_from_all_ranks = negatives_from_all_ranks
         self.twin = MomentumTwin(self) if train_state else None
-        self.queue = FeatureQueue(queue_size, config.embed_dim, with_ids=True) if train_state else None
+        self.queue = (
+            FeatureQueue(queue_size, config.embed_dim, with_ids=True) if train_state else None
+        )
 
     def forward(
         self,
@@ -77,7 +79,9 @@ class BlipForRetrieval(Blip):
         image_ids: `(B,)` int64. The other arguments are those of `BlipForPretraining.forward`.
         """
         if self.twin is None or self.queue is None:
-            raise ShapeError("this model only scores: build it with train_state=True to fine-tune it")
+            raise ShapeError(
+                "this model only scores: build it with train_state=True to fine-tune it"
+            )
         text = PackedText.from_padded(input_ids, attention_mask)
         update_state = self.training if update_state is None else update_state
         clamp_temperature_(self.temp)
@@ -88,14 +92,27 @@ class BlipForRetrieval(Blip):
             self.twin.update(self, self.momentum)
         image_feat_m, text_feat_m = self.twin.features(pixel_values, text)
         loss_itc = itc_loss(
-            image_feat, text_feat, image_feat_m, text_feat_m, self.queue, self.temp, alpha,
+            image_feat,
+            text_feat,
+            image_feat_m,
+            text_feat_m,
+            self.queue,
+            self.temp,
+            alpha,
             ids=image_ids,
         )
         if update_state:
             self.queue.enqueue(image_feat_m, text_feat_m, image_ids)
         itm_logits, negatives = self._match_with_negatives(
-            image_embeds, input_ids, attention_mask, image_feat, text_feat, image_ids, negatives,
-            seed, step,
+            image_embeds,
+            input_ids,
+            attention_mask,
+            image_feat,
+            text_feat,
+            image_ids,
+            negatives,
+            seed,
+            step,
         )
         return RetrievalOutput(loss_itc, itm_loss(itm_logits, negatives), itm_logits, negatives)
 
@@ -126,15 +143,24 @@ class BlipForRetrieval(Blip):
             )
         if negatives is None:
             negatives = draw_negatives(
-                image_feat, text_feat, image_keys, text_keys, self.temp, eps=0.0,
-                image_ids=image_ids, key_ids=key_ids, offset=first, seed=seed, step=step,
+                image_feat,
+                text_feat,
+                image_keys,
+                text_keys,
+                self.temp,
+                eps=0.0,
+                image_ids=image_ids,
+                key_ids=key_ids,
+                offset=first,
+                seed=seed,
+                step=step,
             )
         pairs, kv_index = itm_pairs(text, negatives, range(first, first + batch), pool)
         return self.match(pairs, self.image_states(image_embeds), kv_index), negatives
 
     @torch.no_grad()
     def match_pairs(self, pixel_values: Tensor, text: PackedText) -> tuple[Tensor, Tensor]:
-        """Probability `(B,)` that image n and text n match, by ITM, and their ITC similarity `(B,)`."""
+        """ITM's probability `(B,)` that image n and text n match, and their similarity `(B,)`."""
         image_embeds = self.encode_image(pixel_values)
         if image_embeds.shape[0] != text.packing.num_sequences:
             raise ShapeError(

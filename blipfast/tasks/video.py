@@ -24,8 +24,8 @@ def encode_video(model: Blip, frames: Tensor) -> tuple[Tensor, Tensor | None]:
     """A video's tokens, and its contrastive features where the model has such projections.
 
     frames: `(B, F, 3, size, size)`. Returns the tokens of all frames one after the other,
-    `(B, F * S, D)`, to look at, and unit vectors `(B, embed_dim)`: the mean of the frames' projected
-    CLS tokens.
+    `(B, F * S, D)`, to look at, and unit vectors `(B, embed_dim)`: the mean of the frames'
+    projected CLS tokens.
     """
     if frames.dim() != 5:
         raise ShapeError(f"frames must be (B, F, 3, H, W), got {tuple(frames.shape)}")

@@ -1,7 +1,7 @@
 """Visual dialogue (section 5.5): which of the candidate answers continues the dialogue?
 
-The image's and its caption's embeddings are concatenated; the dialogue encoder looks at both while it
-reads history, question and candidate, and the matching head says how well the candidate fits.
+The image's and its caption's embeddings are concatenated; the dialogue encoder looks at both while
+it reads history, question and candidate, and the matching head says how well the candidate fits.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ class BlipForVisDial(Blip):
         self.caption_encoder = TextTransformer(config.text, cross_width=None)
         same = config.vision.hidden_size == config.text.hidden_size
         self.caption_proj: nn.Module = (
-            nn.Identity()
-            if same
-            else nn.Linear(config.text.hidden_size, config.vision.hidden_size)
+            nn.Identity() if same else nn.Linear(config.text.hidden_size, config.vision.hidden_size)
         )
 
     def dialogue_states(self, pixel_values: Tensor, caption: PackedText) -> CrossStates:
@@ -60,9 +58,8 @@ class BlipForVisDial(Blip):
         caption = caption.starting_with(self.text_config.cls_token_id)
         stream = self.caption_encoder.stream(caption.input_ids, caption.packing)
         words = self.caption_proj(caption.packing.pad(run_streams([stream])[0]))
-        assert self.text_encoder is not None
         lengths = caption.packing.lengths_tensor + image_embeds.shape[1]
-        return self.text_encoder.cross_states(
+        return self.encoder.cross_states(
             torch.cat([image_embeds, words], dim=1),
             lengths=None if caption.packing.uniform else lengths,
         )

@@ -69,19 +69,20 @@ class BlipForVQA(Blip):
             )
         stream = self.grounded_stream(text, range(image_embeds.shape[0]))
         hidden = run_streams([stream], self.image_states(image_embeds))[0]
-        assert self.text_decoder is not None
         lengths = None if text.packing.uniform else text.packing.lengths_tensor
-        return self.text_decoder.cross_states(text.packing.pad(hidden), lengths=lengths)
+        return self.decoder.cross_states(text.packing.pad(hidden), lengths=lengths)
 
     def answer_losses(
         self, states: CrossStates, answers: PackedText, question_index: Sequence[int]
     ) -> Tensor:
         """`(A,)`: the summed token losses of each answer to the question it names."""
-        assert self.text_decoder is not None and self.text_decoder.lm_head is not None
         inputs, labels = answers.shifted()
         hidden = run_streams([self.decoder_stream(inputs, question_index)], states)[0]
         losses = lm_loss(
-            hidden, labels, self.text_decoder.lm_head, label_smoothing=self.label_smoothing,
+            hidden,
+            labels,
+            self.lm_head,
+            label_smoothing=self.label_smoothing,
             reduction="none",
         )
         sums = losses.new_zeros(inputs.packing.num_sequences)
@@ -122,10 +123,7 @@ class BlipForVQA(Blip):
         The probability of an answer's first token selects k candidates; the log-likelihood of the
         whole answer orders them. All candidates of a question share its projected K/V.
         """
-        assert self.text_decoder is not None
-        states = self.text_decoder.cross_states(
-            *states.embeds, lengths=states.lengths, project=True
-        )
+        states = self.decoder.cross_states(*states.embeds, lengths=states.lengths, project=True)
         first = answers.input_ids[answers.packing.first_tokens + 1]
         k = min(k, answers.packing.num_sequences)
         probs = self.first_token_logits(states).float().softmax(-1)[:, first]
@@ -138,8 +136,7 @@ class BlipForVQA(Blip):
 
     def first_token_logits(self, states: CrossStates) -> Tensor:
         """`(B, V)`: logits of each question's first answer token."""
-        assert self.text_decoder is not None and self.text_decoder.lm_head is not None
         starts = states.embeds[0].new_ones((states.size, 1), dtype=torch.int64)
         text = PackedText.from_padded(starts, starts)
         stream = self.decoder_stream(text, range(states.size))
-        return self.text_decoder.lm_head(run_streams([stream], states)[0])
+        return self.lm_head(run_streams([stream], states)[0])
