@@ -49,9 +49,9 @@ def score_retrieval(
     """Scores every image with every text.
 
     image_embeds: `(I, S, D)`, or a function that gives those of some images, so that a large set
-    need not lie in memory. image_feats: `(I, E)`, text_feats: `(T, E)`, unit vectors. k: candidates per
-    image and per text. images_per_block, tokens_per_pass: what bounds the memory. on_block: called
-    with the number of images after each block.
+    need not lie in memory. image_feats: `(I, E)`, text_feats: `(T, E)`, unit vectors.
+    k: candidates per image and per text. images_per_block, tokens_per_pass: what bounds the memory.
+    on_block: called with the number of images after each block.
     """
     num_images, num_texts = image_feats.shape[0], text_feats.shape[0]
     if text.packing.num_sequences != num_texts:

@@ -294,7 +294,7 @@ def run_streams(streams: Sequence[TextStream], states: CrossStates | None = None
 
     Streams that share a module run through it together, so that an image's K/V are projected and
     read once for all of them. states: what the streams look at; None skips cross-attention.
-    Raises ConfigError when the transformers differ in depth, or states are wrongly given or missing.
+    Raises ConfigError when the depths differ, or states are wrongly given or missing.
     """
     _check_streams(streams, states)
     num_layers = len(streams[0].text.layers)

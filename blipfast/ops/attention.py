@@ -135,7 +135,7 @@ class CrossPlan:
 
     @cached_property
     def slots(self) -> Tensor | None:
-        """`(T,)`: each token's row in the padded `(num_kv * max rows)` grid; None if it is a view."""
+        """`(T,)`: each token's row in the padded `(num_kv * max rows)` grid; None: a view."""
         if self.order is None:
             return None if self.grouped.uniform else self.grouped.slots
         slots = torch.empty_like(self.order)

@@ -1,7 +1,8 @@
 """Ragged sequences without padding.
 
 `Packing` says where `N` sequences lie in one packed `(T, ...)` tensor, in the terms of
-flash-attention's varlen interface (`cu_seqlens`, `max_seqlen`). It is built once per batch and used by every layer.
+flash-attention's varlen interface (`cu_seqlens`, `max_seqlen`). It is built once per batch and
+used by every layer.
 """
 
 from __future__ import annotations
