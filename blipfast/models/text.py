@@ -60,15 +60,14 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = _Residual(config, config.hidden_size)
 
-    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`(T, D)` to q, k, v of `(T, H, head_dim)`."""
-        qkv = self.qkv(hidden).unflatten(-1, (3, self.num_heads, -1))
-        return qkv.unbind(-3)  # type: ignore[return-value]
+    def project(self, hidden: Tensor) -> Tensor:
+        """`(..., D)` to q, k and v, `(..., 3, H, head_dim)`."""
+        return self.qkv(hidden).unflatten(-1, (3, self.num_heads, -1))
 
     def forward(self, hidden: Tensor, packing: Packing, causal: bool) -> Tensor:
-        q, k, v = self.project(hidden)
         dropout_p = self.attention_dropout if self.training else 0.0
-        out = varlen_attention(q, k, v, packing, causal=causal, dropout_p=dropout_p)
+        qkv = self.project(hidden)
+        out = varlen_attention(qkv, packing, causal=causal, dropout_p=dropout_p)
         return self.out(out.flatten(-2), hidden)
 
 

@@ -26,9 +26,7 @@ cross_backends = Backends("cross_attention")
 
 
 def varlen_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     packing: Packing,
     *,
     causal: bool = False,
@@ -37,27 +35,23 @@ def varlen_attention(
 ) -> Tensor:
     """`softmax(q k^T / sqrt(head_dim)) v` within each packed sequence.
 
-    q, k, v: `(T, H, head_dim)`, any float dtype. Returns `(T, H, head_dim)`.
-    Raises ShapeError when the tensors disagree with each other or with `packing`.
+    qkv: `(T, 3, H, head_dim)`, any float dtype: one tensor, so that it is moved once where a backend
+    wants padding. Returns `(T, H, head_dim)`.
+    Raises ShapeError when the shape is another or does not fit `packing`.
     """
-    if not (q.shape == k.shape == v.shape) or q.dim() != 3:
-        raise ShapeError(
-            f"q, k and v must all be (T, H, head_dim), got {tuple(q.shape)}, {tuple(k.shape)}, "
-            f"{tuple(v.shape)}"
-        )
-    if q.shape[0] != packing.total:
-        raise ShapeError(f"q holds {q.shape[0]} tokens, but the packing {packing.total}")
-    if q.shape[0] == 0:
-        return q.clone()
-    return varlen_backends(q, impl)(q, k, v, packing, causal, dropout_p)
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ShapeError(f"qkv must be (T, 3, H, head_dim), got {tuple(qkv.shape)}")
+    if qkv.shape[0] != packing.total:
+        raise ShapeError(f"qkv holds {qkv.shape[0]} tokens, but the packing {packing.total}")
+    if qkv.shape[0] == 0:
+        return qkv[:, 0].clone()
+    return varlen_backends(qkv, impl)(qkv, packing, causal, dropout_p)
 
 
 @varlen_backends.register("torch")
-def _varlen_torch(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool, dropout_p: float
-) -> Tensor:
+def _varlen_torch(qkv: Tensor, packing: Packing, causal: bool, dropout_p: float) -> Tensor:
     """Pads to the longest sequence for SDPA: texts are short, and the linear layers stay packed."""
-    q, k, v = (packing.pad(x).transpose(1, 2) for x in (q, k, v))  # (N, H, L, head_dim)
+    q, k, v = packing.pad(qkv).permute(2, 0, 3, 1, 4)  # (N, H, L, head_dim) each
     # Under a causal mask no token sees the padding that follows it.
     mask = None if causal or packing.uniform else packing.mask[:, None, None, :]
     out = F.scaled_dot_product_attention(
@@ -68,19 +62,18 @@ def _varlen_torch(
 
 @varlen_backends.register("reference")
 def varlen_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool = False, dropout_p: float = 0.0
+    qkv: Tensor, packing: Packing, causal: bool = False, dropout_p: float = 0.0
 ) -> Tensor:
     """One sequence after the other, from the formula."""
     outputs = []
-    for q_n, k_n, v_n in zip(
-        *(x.split(list(packing.lengths)) for x in (q, k, v)), strict=True
-    ):  # (L, H, head_dim) each
-        scores = torch.einsum("qhd,khd->hqk", q_n, k_n) / math.sqrt(q.shape[-1])
+    for qkv_n in qkv.split(list(packing.lengths)):
+        q, k, v = qkv_n.unbind(1)  # (L, H, head_dim) each
+        scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
         if causal:
             ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(ahead, -math.inf)
         probs = F.dropout(scores.softmax(-1), dropout_p)
-        outputs.append(torch.einsum("hqk,khd->qhd", probs, v_n))
+        outputs.append(torch.einsum("hqk,khd->qhd", probs, v))
     return torch.cat(outputs)
 
 
