@@ -69,12 +69,14 @@ def test_each_operation() -> None:
     assert run("brightness", 10).mean() > 1.2 * PIXELS.mean()
     assert run("sharpness", 0).std() < PIXELS.std()
     for op in ("auto_contrast", "equalize"):
-        assert run(op).min() == 0
-        assert run(op).max() >= 254
+        assert run(op).min() == 0 < PIXELS.min()
+        assert run(op).max() > 240 > PIXELS.max()
     assert np.array_equal(run("translate_x")[:, :-5], PIXELS[:, 5:])
     assert (run("translate_x")[:, -4:] == 128).all()
     assert np.array_equal(run("translate_y", sign=-1)[5:], PIXELS[:-5])
-    assert np.array_equal(run("shear_x")[0, :-1], PIXELS[0, :-1])
+    # Fixed at the top, shifted by 0.15 pixels more with each row.
+    assert np.abs(run("shear_x")[0] - run("shear_x", sign=-1)[0]).mean() < 25
+    assert np.abs(run("shear_x")[39, :40] - PIXELS[39, 6:46]).mean() < 10
     for op in ("shear_x", "shear_y", "rotate"):
         assert (run(op) == 128).all(axis=2).sum() > 20
         assert not np.array_equal(run(op), run(op, sign=-1))

@@ -149,14 +149,12 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a Linux device")
 def test_the_kernels_own_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "blipfast.data.shards.open", lambda *_: open("/dev/full", "wb"), raising=False
-    )
-    writer = ShardWriter(tmp_path)
-    for i in range(3):
-        writer.write(make(i))
-    with pytest.raises(DataError, match=r"disk is full\. The 3 records"):
-        writer.close()
+    with open("/dev/full", "wb") as full:
+        monkeypatch.setattr("blipfast.data.shards.open", lambda *_: full, raising=False)
+        writer = ShardWriter(tmp_path)
+        writer.write(make(0))
+        with pytest.raises(DataError, match=r"disk is full\. The 1 records"):
+            writer.close()
     assert names(tmp_path) == []
 
 
