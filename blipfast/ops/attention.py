@@ -35,8 +35,8 @@ def varlen_attention(
 ) -> Tensor:
     """`softmax(q k^T / sqrt(head_dim)) v` within each packed sequence.
 
-    qkv: `(T, 3, H, head_dim)`, any float dtype: one tensor, so that it is moved once where a backend
-    wants padding. Returns `(T, H, head_dim)`.
+    qkv: `(T, 3, H, head_dim)`, any float dtype: one tensor, so that it is moved once where a
+    backend wants padding. Returns `(T, H, head_dim)`.
     Raises ShapeError when the shape is another or does not fit `packing`.
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3:
