@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from blipfast.errors import BackendError, ShapeError
 
 LIBRARY = Path(__file__).resolve().parents[1] / "libblipfast_native.so"
 ENV_VAR = "BLIPFAST_NATIVE"
+AMX_ENV_VAR = "BLIPFAST_AMX"  # "0": take the paths that any processor has
 _ISA_NAMES = {4: "AVX-512", 3: "AVX2", 0: "portable"}
 
 
@@ -27,10 +32,20 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} does not load beside torch {torch.__version__}: {error}"
+    if not hasattr(torch.ops.blipfast_native, "softmax_mean"):
+        return f"{LIBRARY.name} is of another version of blipfast; build it again (make native)"
+    _register_fakes()
     return None
 
 
-def why_not(tensor: torch.Tensor | None = None) -> str | None:
+def _register_fakes() -> None:
+    @torch.library.register_fake("blipfast_native::softmax_mean")
+    def _(rows: Tensor, keys: Tensor, temperature: Tensor, amx: bool) -> tuple[Tensor, Tensor]:
+        mean = rows.new_empty(rows.shape, dtype=torch.float32)
+        return mean.new_empty(rows.shape[0]), mean
+
+
+def why_not(tensor: Tensor | None = None) -> str | None:
     """Why the native operators cannot run (on `tensor`, when given), in words, or None."""
     if tensor is not None and tensor.device.type != "cpu":
         return f"native operators are for the CPU, the tensor is on {tensor.device}"
@@ -44,5 +59,55 @@ def status() -> str:
     reason = _load()
     if reason is not None:
         return f"no native CPU operators: {reason}"
-    level = int(torch.ops.blipfast_native.isa_level())
-    return f"native CPU operators loaded ({_ISA_NAMES[level]})"
+    level = _ISA_NAMES[int(torch.ops.blipfast_native.isa_level())]
+    amx = torch.ops.blipfast_native.amx_bf16() and os.environ.get(AMX_ENV_VAR) != "0"
+    return f"native CPU operators loaded ({level}{', AMX bf16' if amx else ''})"
+
+
+def native_online_softmax(
+    query: Tensor, teacher_query: Tensor | None, temperature: Tensor, keys: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """One pass over the keys for the contrastive loss, on the CPU, without a `(R, N)` matrix.
+
+    On AMX with bf16 queries and keys the products take bf16 factors with fp32 sums (the softmax
+    weights are rounded to bf16 for the second one); otherwise everything is fp32. The result does
+    not depend on the number of threads.
+
+    Args:
+        query: `(B, D)` fp32 or bf16, not divided by the temperature.
+        teacher_query: `(B, D)` or None; its rows follow the query's, so that `R` is `B` or `2B`.
+        temperature: one element.
+        keys: blocks `(N_b, D)`, fp32 or bf16, that count as their concatenation.
+
+    Returns:
+        Log-sum-exps of the similarities over the temperature `(R,)` and the softmax-weighted means
+        of the keys `(R, D)`, fp32. They carry no gradient.
+
+    Raises:
+        BackendError: the library is not there, or the tensors are not for it.
+        ShapeError: there is no key.
+    """
+    reason = why_not(query)
+    if reason is not None:
+        raise BackendError(f"native contrastive softmax: {reason}")
+    blocks = [block.detach().contiguous() for block in keys if len(block)]
+    if not blocks:
+        raise ShapeError("native contrastive softmax: there are no keys")
+    rows = query.detach()
+    if teacher_query is not None:
+        same = teacher_query.dtype == rows.dtype
+        dtype = rows.dtype if same else torch.float32
+        rows = torch.cat([rows.to(dtype), teacher_query.detach().to(dtype)])
+    rows = rows.contiguous()
+    scale = temperature.detach().reshape(()).float()
+    amx = os.environ.get(AMX_ENV_VAR) != "0"
+    parts = [torch.ops.blipfast_native.softmax_mean(rows, b, scale, amx) for b in blocks]
+    if len(parts) == 1:
+        lse, mean = parts[0]
+        return lse, mean
+    lses = torch.stack([lse for lse, _ in parts])
+    total = lses.logsumexp(0)
+    mean = torch.zeros_like(parts[0][1])
+    for lse, block_mean in parts:
+        mean.addcmul_((lse - total).exp_().unsqueeze(1), block_mean)
+    return total, mean

@@ -13,7 +13,17 @@
 #define BLIPFAST_MULTI_ISA
 #endif
 
+// Such a clone must not call a function that was compiled for the lowest level.
+#if defined(__GNUC__) || defined(__clang__)
+#define BLIPFAST_INLINE inline __attribute__((always_inline))
+#else
+#define BLIPFAST_INLINE inline
+#endif
+
 namespace blipfast {
+
+// Whether the processor and the system let this process use AMX on bfloat16 (asks for it once).
+bool amx_bf16_ready();
 
 inline int64_t isa_level() {
 #if BLIPFAST_CLONES

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "softmax_mean.h"
 
 namespace {
 
@@ -14,12 +15,24 @@ int64_t native_isa_level() {
   return blipfast::isa_level();
 }
 
+bool native_amx_bf16() {
+  return blipfast::amx_bf16_ready();
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(blipfast_native, m) {
   m.def("isa_level() -> int");
+  m.def("amx_bf16() -> bool");
+  m.def(
+      "softmax_mean(Tensor rows, Tensor keys, Tensor temperature, bool amx) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(blipfast_native, CompositeExplicitAutograd, m) {
   m.impl("isa_level", TORCH_BOX(&native_isa_level));
+  m.impl("amx_bf16", TORCH_BOX(&native_amx_bf16));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(blipfast_native, CPU, m) {
+  m.impl("softmax_mean", TORCH_BOX(&blipfast::softmax_mean));
 }

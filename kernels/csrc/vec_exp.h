@@ -1,0 +1,44 @@
+// exp for loops that the compiler vectorises: no branch, no table, no call.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+
+namespace blipfast {
+
+// e^x for x <= 0, within 2 units in the last place; below -87 it stays at e^-87 (about 1e-38).
+// NaN gives NaN. Range reduction to |r| <= ln(2)/2, then the Taylor polynomial of degree 7.
+BLIPFAST_INLINE float exp_nonpositive(float x) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504088896341f + magic;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  const float k = shifted - magic;
+  // ln(2) in two parts, so that k * ln(2) loses nothing.
+  float r = x - k * 0.693145751953125f;
+  r = r - k * 1.428606765330187e-6f;
+  float p = 1.9841270e-4f;
+  p = p * r + 1.3888889e-3f;
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.1666667e-2f;
+  p = p * r + 1.6666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const uint32_t power_bits = (static_cast<uint32_t>(bits) + 127u) << 23;
+  float power;
+  std::memcpy(&power, &power_bits, sizeof(power));
+  return p * power;
+}
+
+// The bits of x rounded to bfloat16 (to nearest, ties to even), for finite x >= 0 or NaN kept quiet.
+BLIPFAST_INLINE uint32_t bf16_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+}  // namespace blipfast
