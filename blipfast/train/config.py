@@ -1,0 +1,175 @@
+"""Typed configurations of a training run; `blipfast train --help` shows each field's help."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from blipfast.errors import ConfigError
+
+TaskName = Literal["pretrain", "retrieval", "caption", "vqa", "nlvr"]
+
+
+def described(default: Any, text: str) -> Any:
+    """A dataclass field with a default and the help that the command line shows."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Optimiser, schedule and loop of one `fit`.
+
+    The length is `steps`, or `epochs` of `steps_per_epoch`; with both, `steps` ends the run early
+    and the schedule remains that of the epochs. Raises ConfigError for a value out of range.
+    """
+
+    steps: int | None = described(None, "length in steps; beside epochs it ends the run early")
+    epochs: int | None = described(None, "length in epochs")
+    steps_per_epoch: int | None = described(
+        None, "steps of one epoch; `blipfast train` counts the shards when it is not given"
+    )
+    learning_rate: float = described(3e-4, "the highest learning rate")
+    min_learning_rate: float = described(0.0, "the floor of the schedule")
+    warmup_steps: int = described(0, "steps of linear warm-up")
+    warmup_learning_rate: float = described(1e-6, "where the warm-up starts")
+    schedule: Literal["cosine", "step", "constant"] = described(
+        "cosine", "with epochs it changes once an epoch, with steps at every step"
+    )
+    decay: float = described(0.9, "factor per epoch of the schedule `step`")
+    weight_decay: float = described(0.05, "of AdamW, on all weights")
+    betas: tuple[float, float] = described((0.9, 0.999), "of AdamW")
+    grad_clip: float | None = described(None, "largest norm of the gradient")
+    precision: Literal["fp32", "bf16"] = described("fp32", "bf16 computes under autocast")
+    seed: int = described(0, "of dropout and of the drawn negatives")
+    on_nonfinite: Literal["stop", "skip"] = described(
+        "stop", "a loss or gradient that is not finite ends the run, or leaves the step out"
+    )
+    max_skips: int = described(10, "more left-out steps than this in a row end the run")
+    log_every: int = described(50, "steps between lines of output where there is no terminal")
+    checkpoint_every: int | None = described(
+        None, "steps between checkpoints; by default one each epoch, and one at the end"
+    )
+    compile: bool = described(False, "run the model through torch.compile")
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "steps": 1, "epochs": 1, "steps_per_epoch": 1, "warmup_steps": 0, "log_every": 1,
+            "checkpoint_every": 1, "max_skips": 0, "min_learning_rate": 0.0,
+            "warmup_learning_rate": 0.0, "weight_decay": 0.0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ConfigError(f"fit.{name} is {value}; it must be at least {least}")
+        for name in ("learning_rate", "decay", "grad_clip"):
+            value = getattr(self, name)
+            if value is not None and not (0 < value < math.inf):
+                raise ConfigError(f"fit.{name} is {value}; it must be a finite number above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"fit.betas is {self.betas}; both must lie in [0, 1)")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the run. Raises ConfigError when its length is open."""
+        if self.epochs is None:
+            return self.epoch_length if self.steps is None else self.steps
+        steps = self.epochs * self.epoch_length
+        return steps if self.steps is None else min(steps, self.steps)
+
+    @property
+    def epoch_length(self) -> int:
+        """Steps of one epoch; a run counted in steps alone is one epoch."""
+        if self.steps_per_epoch is not None:
+            return self.steps_per_epoch
+        if self.epochs is not None:
+            raise ConfigError("fit.epochs needs fit.steps_per_epoch, the batches of one epoch")
+        if self.steps is None:
+            raise ConfigError("give the length of the run: fit.steps or fit.epochs")
+        return self.steps
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model: a preset from scratch, or a checkpoint."""
+
+    preset: str = described("blip_base", "blip_base, blip_large, blip_demo or blip_tiny")
+    image_size: int | None = described(None, "side of the images; by default the preset's")
+    drop_path_rate: float | None = described(None, "stochastic depth; by default the preset's")
+    checkpoint: str | None = described(
+        None, "start from it: an original .pth, a Hugging Face directory or one of blipfast's"
+    )
+    allow_fresh: bool = described(
+        False, "also weights that do not fit this task's model may start fresh (they are listed)"
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Shards of image and text, and how batches are made of them."""
+
+    shards: str = described("", "folder, file or glob of .tar shards")
+    vocabulary: str | None = described(
+        None, "vocab.txt of BERT uncased; by default the one beside the checkpoint"
+    )
+    batch_size: int = described(32, "images a step")
+    max_length: int = described(30, "token limit of a text")
+    prompt: str = described("", "put before every caption and not learnt, as 'a picture of '")
+    texts: Literal["each", "random"] = described(
+        "each", "an image with several texts: one sample for each, or one drawn each epoch"
+    )
+    augment: bool = described(True, "random crop, flip and RandAugment")
+    crop_scale: tuple[float, float] = described((0.2, 1.0), "share of the image that a crop keeps")
+    flip: bool = described(True, "mirror half of the images")
+    shuffle_buffer: int = described(2048, "samples among which one is drawn; 0 keeps the order")
+    threads: int = described(4, "that decode and augment images")
+    seed: int = described(0, "of order and augmentation")
+    max_bad_fraction: float = described(0.01, "share of unreadable records that ends the run")
+
+    def __post_init__(self) -> None:
+        for name, least in {"batch_size": 1, "max_length": 3, "threads": 1}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"data.{name} is {getattr(self, name)}; it must be at least {least}"
+                )
+        if self.shuffle_buffer < 0:
+            raise ConfigError(f"data.shuffle_buffer is {self.shuffle_buffer}, under 0")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"data.max_bad_fraction is {self.max_bad_fraction}, not 0 to 1")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Settings of the losses; a task takes those that it has."""
+
+    queue_size: int = described(57_600, "past features kept as negatives of ITC")
+    momentum: float = described(0.995, "of the momentum encoders")
+    alpha: float = described(0.4, "weight of the momentum encoders' soft targets")
+    alpha_ramp_epochs: float = described(2.0, "epochs over which alpha rises from 0")
+    exclude_equal_ids: bool = described(False, "pre-training: no negatives of the same image id")
+    negatives_from_all_ranks: bool = described(True, "retrieval: negatives of all ranks (COCO)")
+    label_smoothing: float = described(0.1, "of the language modelling loss")
+
+    def __post_init__(self) -> None:
+        if self.queue_size < 1:
+            raise ConfigError(f"objective.queue_size is {self.queue_size}; it must be at least 1")
+        if self.alpha_ramp_epochs < 0:
+            raise ConfigError(f"objective.alpha_ramp_epochs is {self.alpha_ramp_epochs}, under 0")
+        for name in ("momentum", "alpha", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"objective.{name} is {getattr(self, name)}; it must be 0 to 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: `blipfast train`."""
+
+    task: TaskName = dataclasses.field(default="pretrain", metadata={"help": "what to train"})
+    output: str = described("runs/blip", "folder for the model, its checkpoints and the history")
+    resume: bool = described(False, "go on from the last checkpoint in the output folder")
+    device: str = described("auto", "cpu, cuda, or auto")
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    fit: FitConfig = dataclasses.field(default_factory=FitConfig)

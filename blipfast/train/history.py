@@ -1,0 +1,85 @@
+"""What a run recorded: every step's losses, learning rate and time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blipfast.errors import DataError
+
+
+@dataclass
+class History:
+    """One entry per finished step in `steps`, `total`, `lr`, `seconds`, `samples` and each loss.
+
+    losses: by name ("itc", "itm", "lm"). total: their sum as it was minimised. grad_norm: before
+    clipping. seconds: since the start, pauses between resumed parts left out. skipped: steps left
+    out because a loss or gradient was not finite; they have no entry in the other lists.
+    """
+
+    title: str = ""
+    steps: list[int] = field(default_factory=list)
+    total: list[float] = field(default_factory=list)
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    lr: list[float] = field(default_factory=list)
+    grad_norm: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+
+    def add(
+        self, step: int, total: float, losses: dict[str, float], lr: float, grad_norm: float,
+        seconds: float, samples: int,
+    ) -> None:  # fmt: skip
+        self.steps.append(step)
+        self.total.append(total)
+        for name, value in losses.items():
+            self.losses.setdefault(name, []).append(value)
+        self.lr.append(lr)
+        self.grad_norm.append(grad_norm)
+        self.seconds.append(seconds)
+        self.samples.append(samples)
+
+    @property
+    def samples_per_second(self) -> float:
+        """Of all steps but the first, which pays for start-up; 0 before there are two."""
+        if len(self.seconds) < 2 or self.seconds[-1] <= self.seconds[0]:
+            return 0.0
+        return sum(self.samples[1:]) / (self.seconds[-1] - self.seconds[0])
+
+    def mean(self, name: str, last: int = 50) -> float:
+        """Mean of a loss over the `last` steps; name is a key of `losses`, or "total"."""
+        values = (self.total if name == "total" else self.losses[name])[-last:]
+        return sum(values) / len(values) if values else float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> History:
+        """The inverse of `to_dict`. Raises DataError for anything else."""
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise DataError(f"this is no training history: {error}") from error
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """As JSON; written whole to `path` if it is given (TrainingError on a full disk)."""
+        text = json.dumps(self.to_dict())
+        if path is not None:
+            from blipfast.train.files import write_whole
+
+            write_whole(Path(path), lambda file: file.write(text.encode()))
+        return text
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> History:
+        """Reads what `to_json` wrote. Raises DataError if it cannot."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read the history {os.fspath(path)}: {error}") from error
