@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -59,7 +60,8 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
         advice = "; free some space or choose another folder" if full else ""
         raise TrainingError(f"cannot write {path}: {reason}{kept}{advice}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ GOLDEN = json.loads(
 
 
 def test_golden_values_exactly():
-    assert len(GOLDEN["cosine"]) and len(GOLDEN["warmup"]) and len(GOLDEN["step"])
+    assert all(GOLDEN[kind] for kind in ("cosine", "warmup", "step"))
     for row in GOLDEN["cosine"]:
         assert cosine_lr(row["epoch"], row["max_epoch"], row["init_lr"], row["min_lr"]) == row["lr"]
     for row in GOLDEN["warmup"]:
@@ -46,7 +47,7 @@ def test_long_warmup_does_not_jump_between_epochs():
         epochs=4, steps_per_epoch=50, learning_rate=1.0, warmup_steps=100, schedule="step"
     )
     rates = [learning_rate_at(step, config) for step in range(200)]
-    assert max(b - a for a, b in zip(rates[:99], rates[1:100], strict=True)) < 0.011
+    assert max(b - a for a, b in itertools.pairwise(rates)) < 0.011
     assert max(rates) == pytest.approx(0.9, abs=0.02)
 
 
