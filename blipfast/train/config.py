@@ -123,6 +123,7 @@ class DataConfig:
     crop_scale: tuple[float, float] = described((0.2, 1.0), "share of the image that a crop keeps")
     flip: bool = described(True, "mirror half of the images")
     shuffle_buffer: int = described(2048, "samples among which one is drawn; 0 keeps the order")
+    drop_last: bool = described(True, "leave out the smaller batch at the end of an epoch")
     threads: int = described(4, "that decode and augment images")
     seed: int = described(0, "of order and augmentation")
     max_bad_fraction: float = described(0.01, "share of unreadable records that ends the run")

@@ -1,0 +1,61 @@
+"""Small shards for the tests of this folder and of the command line."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from blipfast.data import BlipTokenizer, Record, ShardWriter, TextEntry
+
+VOCABULARY = Path(__file__).parents[1] / "fixtures/reference/vocab.txt"
+
+
+def tokenizer() -> BlipTokenizer:
+    return BlipTokenizer.from_file(VOCABULARY)
+
+
+def picture(number: int, size: int = 40) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def record(number: int, texts: list[tuple[str, str]], image: bytes | None = None, **ids) -> Record:
+    return Record(
+        f"r{number:03d}",
+        picture(number) if image is None else image,
+        tuple(TextEntry(text, source) for text, source in texts),
+        40,
+        40,
+        {"image": number, **ids},
+    )
+
+
+def captions(count: int, each: int = 1) -> list[Record]:
+    return [
+        record(n, [(f"a dog {n} on street {i}", "human") for i in range(each)])
+        for n in range(count)
+    ]
+
+
+def questions(count: int) -> list[Record]:
+    return [
+        record(n, [("Is it a dog?", "question"), *[("yes", "answer")] * 3, ("no", "answer")])
+        for n in range(count)
+    ]
+
+
+def pairs(count: int) -> list[Record]:
+    text = [("the left dog is red", "human")]
+    return [record(n, text, pair=n // 2, label=(n // 2) % 2) for n in range(2 * count)]
+
+
+def write(folder: Path, records: list[Record], max_count: int = 7) -> Path:
+    with ShardWriter(folder, max_count=max_count) as writer:
+        for one in records:
+            writer.write(one)
+    return folder

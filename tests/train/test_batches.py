@@ -1,0 +1,187 @@
+"""Batches from shards: complete, repeatable, resumable, and unbothered by bad records."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from blipfast.errors import ConfigError, DataError
+from blipfast.train.batches import ShardBatches, count_samples
+from blipfast.train.config import DataConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+from shards import captions, pairs, picture, questions, record, tokenizer, write
+
+
+def make(folder, records, task="pretrain", **values):
+    write(folder, records)
+    config = DataConfig(shards=str(folder), batch_size=4, threads=2, **values)
+    return ShardBatches(config, tokenizer(), 32, task)
+
+
+def keys(batches):
+    return [batch["keys"] for batch in batches]
+
+
+def test_an_epoch_has_every_sample_once(tmp_path):
+    batches = make(tmp_path, captions(20, each=2), drop_last=False)
+    epoch = list(batches.epoch(0))
+    seen = sorted(itertools.chain(*keys(epoch)))
+    assert seen == sorted(f"r{n:03d}" for n in range(20) for _ in range(2))
+    assert count_samples(batches.config, "pretrain") == 40
+    batch = epoch[0]
+    assert batch["pixel_values"].shape == (4, 3, 32, 32)
+    assert batch["pixel_values"].dtype == torch.float32
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    assert batch["image_ids"].tolist() == [int(key[1:]) for key in batch["keys"]]
+    assert batch["input_ids"].shape[1] <= 30
+
+
+def test_drop_last(tmp_path):
+    batches = make(tmp_path, captions(10))
+    assert len(list(batches.epoch(0))) == 2
+    kept = ShardBatches(replace(batches.config, drop_last=False), tokenizer(), 32, "pretrain")
+    assert [len(names) for names in keys(kept.epoch(0))] == [4, 4, 2]
+
+
+def test_the_order_depends_on_seed_and_epoch_alone(tmp_path):
+    first = make(tmp_path, captions(20), shuffle_buffer=8)
+    more_threads = ShardBatches(replace(first.config, threads=5), tokenizer(), 32, "pretrain")
+    other_seed = ShardBatches(replace(first.config, seed=1), tokenizer(), 32, "pretrain")
+    reference = list(first.epoch(0))
+    assert keys(reference) == keys(more_threads.epoch(0))
+    for ours, theirs in zip(reference, more_threads.epoch(0), strict=True):
+        assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+    assert keys(reference) != keys(other_seed.epoch(0))
+    assert keys(reference) != keys(first.epoch(1))
+
+
+def test_no_shuffling_keeps_the_order(tmp_path):
+    batches = make(tmp_path, captions(12), shuffle_buffer=0)
+    assert list(itertools.chain(*keys(batches.epoch(3)))) == [f"r{n:03d}" for n in range(12)]
+
+
+@pytest.mark.parametrize("after", [1, 4, 5, 7])
+def test_a_stream_goes_on_where_it_was(tmp_path, after):
+    records = captions(18)
+    records[3] = record(3, [("a dog", "human")], image=picture(3)[:200])  # truncated
+    batches = make(tmp_path, records, max_bad_fraction=0.2)
+    whole = list(itertools.islice(batches, 9))
+    rest = list(itertools.islice(batches.stream(whole[after - 1]["position"]), 9 - after))
+    assert keys(rest) == keys(whole[after:])
+    for ours, theirs in zip(rest, whole[after:], strict=True):
+        assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+
+
+def test_bad_records_are_named_and_the_others_go_on(tmp_path):
+    records = captions(20)
+    records[5] = record(5, [("a dog", "human")], image=picture(5)[:300])
+    records[9] = record(9, [("...", "human")])
+    batches = make(tmp_path, records, max_bad_fraction=0.2, drop_last=False)
+    seen = set(itertools.chain(*keys(batches.epoch(0))))
+    assert seen == {f"r{n:03d}" for n in range(20)} - {"r005", "r009"}
+    reasons = {bad.key: bad.reason for bad in batches.quarantine}
+    assert set(reasons) == {"r005", "r009"}
+    assert "truncated" in reasons["r005"]
+    assert "empty after clean-up" in reasons["r009"]
+
+
+def test_too_many_bad_records_end_it(tmp_path):
+    records = captions(20)
+    records[5] = record(5, [("a dog", "human")], image=picture(5)[:300])
+    batches = make(tmp_path, records)
+    with pytest.raises(DataError, match=r"1 of 20 samples .* r005: .*truncated"):
+        list(batches.epoch(0))
+
+
+def test_too_few_samples_for_a_batch(tmp_path):
+    with pytest.raises(DataError, match="do not fill one batch of 4"):
+        next(iter(make(tmp_path, captions(3))))
+
+
+def test_no_shards(tmp_path):
+    with pytest.raises(DataError, match="no shard matches"):
+        ShardBatches(DataConfig(shards=str(tmp_path / "x-*.tar")), tokenizer(), 32, "pretrain")
+
+
+def test_one_drawn_text_per_image(tmp_path):
+    batches = make(tmp_path, captions(12, each=3), texts="random", augment=False)
+    assert count_samples(batches.config, "pretrain") == 12
+    assert sorted(itertools.chain(*keys(batches.epoch(0)))) == [f"r{n:03d}" for n in range(12)]
+    epochs = [batch for e in range(3) for batch in batches.epoch(e)]
+    texts = [tuple(row.tolist()) for batch in epochs for row in batch["input_ids"]]
+    assert len(set(texts)) > 12
+
+
+def test_captions_start_with_the_prompt(tmp_path):
+    batches = make(tmp_path, captions(4), "caption", prompt="a picture of ", max_length=40)
+    batch = next(iter(batches))
+    prompt = tokenizer()("a picture of", kind="raw").input_ids[0, :-1]
+    assert batch["prompt_length"] == len(prompt)
+    for row in batch["input_ids"]:
+        assert torch.equal(row[: len(prompt)], prompt)
+
+
+def test_vqa_weighs_answers_by_annotators(tmp_path):
+    genome = record(3, [("What is it?", "question"), ("a dog", "genome_answer")])
+    batches = make(tmp_path, [*questions(3), genome], "vqa", shuffle_buffer=0)
+    batch = next(iter(batches))
+    assert batch["answers_per_question"] == [2, 2, 2, 1]
+    expected = [0.75, 0.25, 0.75, 0.25, 0.75, 0.25, 0.2]
+    assert batch["weights"].tolist() == pytest.approx(expected)
+    assert batch["answer_ids"].shape[0] == 7
+    assert count_samples(batches.config, "vqa") == 4
+
+
+def test_vqa_without_an_answer_is_set_aside(tmp_path):
+    odd = record(9, [("Is it?", "question")])
+    batches = make(tmp_path, [*questions(4), odd], "vqa", max_bad_fraction=0.5)
+    list(batches.epoch(0))
+    assert [bad.key for bad in batches.quarantine] == ["r009"]
+    assert "at least one answer" in batches.quarantine[0].reason
+
+
+def test_nlvr_pairs_change_sides_with_their_words(tmp_path):
+    batches = make(tmp_path, pairs(16), "nlvr", augment=False, shuffle_buffer=0)
+    plain = list(batches.epoch(0))
+    assert plain[0]["pixel_values"].shape == (4, 2, 3, 32, 32)
+    assert plain[0]["labels"].tolist() == [0, 1, 0, 1]
+    batches.config = replace(batches.config, augment=True)
+    batches.augment = lambda image, key, rng: batches.resize(image, key)
+    swapped = 0
+    for before, after in zip(plain, batches.epoch(0), strict=True):
+        for i in range(4):
+            same = torch.equal(before["pixel_values"][i], after["pixel_values"][i])
+            assert torch.equal(after["pixel_values"][i], before["pixel_values"][i].flip(0)) != same
+            text = tokenizer().decode(after["input_ids"][i])
+            assert ("left" in text) == same
+            swapped += not same
+    assert 0 < swapped < 16
+    assert count_samples(batches.config, "nlvr") == 16
+
+
+def test_nlvr_without_a_partner_is_set_aside(tmp_path):
+    records = pairs(5)
+    del records[4]
+    batches = make(tmp_path, records, "nlvr", max_bad_fraction=0.5)
+    list(batches.epoch(0))
+    assert [bad.key for bad in batches.quarantine] == ["r005"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"batch_size": 0}, r"data\.batch_size"),
+        ({"max_length": 2}, r"data\.max_length"),
+        ({"shuffle_buffer": -1}, r"data\.shuffle_buffer"),
+        ({"max_bad_fraction": 1.5}, r"data\.max_bad_fraction"),
+    ],
+)
+def test_settings_out_of_range(values, words):
+    with pytest.raises(ConfigError, match=words):
+        DataConfig(**values)
