@@ -49,6 +49,7 @@ __all__ = [
 
 HARD_KINDS: tuple[NoiseKind, ...] = ("object", "background", "relation")
 _RESERVED_SHARE = 0.15
+_MAX_MISSES = 1000
 _SIZES = {1: (0.56, 0.76), 2: (0.40, 0.48), 3: (0.30, 0.33)}
 # Things, layout and whether they are all alike, with the share of scenes.
 _MIXTURE: tuple[tuple[int, Layout, bool, float], ...] = (
@@ -259,10 +260,9 @@ class _Builder:
         """Held-out scenes; each caption is true of its own picture only."""
         by_things: dict[tuple[str, ...], list[tuple[Scene, Claim]]] = defaultdict(list)
         records: list[DemoRecord] = []
-        attempts = 0
+        misses = 0  # in a row
         while len(records) < len(artists):
-            attempts += 1
-            if attempts > 20 * len(artists) + 1000:
+            if misses == _MAX_MISSES:
                 raise DataError(
                     f"only {len(records)} different test scenes found; ask for fewer than "
                     f"{len(artists)} or for more concepts"
@@ -271,7 +271,9 @@ class _Builder:
             claim = draw_claim(scene, self.text_rng, say_relation=0.9, say_background=0.85)
             rivals = by_things[tuple(sorted(scene.objects))]
             if any(claim.true_of(other) or its.true_of(scene) for other, its in rivals):
+                misses += 1
                 continue
+            misses = 0
             rivals.append((scene, claim))
             i = len(records)
             records.append(self.record(f"test-{i:06d}", scene, artists[i], claim, "human"))
