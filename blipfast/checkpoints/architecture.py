@@ -44,8 +44,8 @@ def config_of_original(shapes: Shapes, sidecar: dict[str, Any] | None, where: st
     """The configuration of one of the original's files, by its own tensor names.
 
     sidecar: a config.json beside the file, either our `BlipConfig.to_dict()` or the original's
-    terms (`vit`, `med_config` or `bert_config`, `tokens`). Raises CheckpointError when the shapes do
-    not tell everything and there is none.
+    terms (`vit`, `med_config` or `bert_config`, `tokens`). Raises CheckpointError when the shapes
+    do not tell everything and there is none.
     """
     sidecar = sidecar or {}
     if "vision" in sidecar and "text" in sidecar:

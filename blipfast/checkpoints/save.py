@@ -84,6 +84,12 @@ def save_hf(
             f"transformers has no class for a {task!r} model; save it with save_model, or load it "
             f"as one of {', '.join(_ARCHITECTURES)} first"
         )
+    widths = (model.config.vision.hidden_size, model.config.text.hidden_size)
+    if task == "vqa" and widths[0] != widths[1]:
+        raise CheckpointError(
+            f"transformers' answer decoder must be as wide as the image encoder, this model has "
+            f"widths {widths[1]} and {widths[0]}; save it with save_model"
+        )
     smoothing = getattr(model, "label_smoothing", 0.0)
     config = hf_config(model.config, _ARCHITECTURES[task], smoothing)
     config["dtype"] = str(model.visual_encoder.cls_token.dtype).removeprefix("torch.")
@@ -104,7 +110,7 @@ def hf_state_dict(model: Blip) -> dict[str, Tensor]:
     kept = {
         n: t for n, t in tensors.items() if not n.startswith(("twin.", "queue.")) and n != "temp"
     }
-    foreign = to_foreign(kept, _layout("hf", model), with_copies=False)
+    foreign = to_foreign(kept, layout_of("hf", model), with_copies=False)
     return {name: tensor.contiguous() for name, tensor in foreign.items()}
 
 
@@ -113,10 +119,11 @@ def original_state_dict(model: Blip) -> dict[str, Tensor]:
 
     A momentum twin lacks the cross-attention that the original's has and never uses.
     """
-    return to_foreign(model.state_dict(), _layout("original", model))
+    return to_foreign(model.state_dict(), layout_of("original", model))
 
 
-def _layout(kind: Literal["original", "hf"], model: Blip) -> list[Entry]:
+def layout_of(kind: Literal["original", "hf"], model: Blip) -> list[Entry]:
+    """The table of names that fits `model`."""
     task, config = task_of_model(model), model.config
     entries = layout(
         kind,
