@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from blipfast.errors import ShapeError
+from blipfast.generation import Generation, evaluation, generate
 from blipfast.models.blip import Blip, PackedText
 from blipfast.models.config import BlipConfig
 from blipfast.models.text import run_streams
@@ -59,3 +63,32 @@ class BlipForCaptioning(Blip):
         return CaptionOutput(
             lm_loss(hidden, labels, self.lm_head, label_smoothing=self.label_smoothing)
         )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Tensor | None = None,
+        *,
+        image_embeds: Tensor | None = None,
+        prompt_ids: Tensor | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Captions of images, from `pixel_values (B, 3, size, size)` or `image_embeds (B, S, D)`.
+
+        prompt_ids: `(P,)` for all images or `(B, P)`, as tokenised ("a picture of " in the paper)
+        but without the closing [SEP]; the first token becomes [DEC]. None is [DEC] alone.
+        options: those of `blipfast.generation.generate`; defaults are beam 3, max 20, min 5.
+        Dropout and stochastic depth are off, whatever the module's mode.
+        Raises ConfigError for an option that cannot be, ShapeError for images that do not fit.
+        """
+        if (pixel_values is None) == (image_embeds is None):
+            raise ShapeError("give either pixel_values or image_embeds")
+        if pixel_values is not None:
+            with evaluation(self.visual_encoder):
+                image_embeds = self.encode_image(pixel_values)
+        assert image_embeds is not None
+        dec = self.text_config.dec_token_id
+        prompt = torch.tensor([dec]) if prompt_ids is None else torch.as_tensor(prompt_ids).clone()
+        prompt[..., :1] = dec
+        states = self.image_states(image_embeds, decoder=True)
+        return generate(self.decoder, states, prompt, **options)

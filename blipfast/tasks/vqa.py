@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from blipfast.errors import ShapeError
+from blipfast.generation import Generation, evaluation, generate
 from blipfast.models.blip import Blip, PackedText
 from blipfast.models.config import BlipConfig
+from blipfast.models.reference import encode_padded
 from blipfast.models.text import CrossStates, run_streams
 from blipfast.objectives.lm import lm_loss
 
@@ -71,6 +74,46 @@ class BlipForVQA(Blip):
         hidden = run_streams([stream], self.image_states(image_embeds))[0]
         lengths = None if text.packing.uniform else text.packing.lengths_tensor
         return self.decoder.cross_states(text.packing.pad(hidden), lengths=lengths)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        image_embeds: Tensor | None = None,
+        attend_padding: bool = False,
+        **options: Any,
+    ) -> Generation:
+        """Answers in free form, from `pixel_values (B, 3, size, size)` or `image_embeds (B, S, D)`.
+
+        input_ids, attention_mask: questions `(B, L)`, right-padded; the first token becomes [ENC].
+        attend_padding: as the original does (a fault, kept for parity), the answer decoder also
+        looks at padded question positions, so that an answer depends on what it is batched with.
+        options: those of `blipfast.generation.generate`; here max_length is 10 (with [DEC]) and
+        min_length 1 by default, as in the original. Dropout is off, whatever the module's mode.
+        Raises ConfigError for an option that cannot be, ShapeError for inputs that do not fit.
+        """
+        if (pixel_values is None) == (image_embeds is None):
+            raise ShapeError("give either pixel_values or image_embeds")
+        text = PackedText.from_padded(input_ids, attention_mask)
+        encoder = self.encoder
+        with evaluation(self.visual_encoder, encoder):
+            if pixel_values is not None:
+                image_embeds = self.encode_image(pixel_values)
+            assert image_embeds is not None
+            if attend_padding:
+                ids = text.starting_with(self.text_config.enc_token_id).input_ids
+                padded = input_ids.masked_scatter(attention_mask.bool(), ids)
+                hidden = encode_padded(encoder, padded, attention_mask, cross_embeds=image_embeds)
+                states = self.decoder.cross_states(hidden)
+            else:
+                states = self.question_states(image_embeds, text)
+        prompt = torch.tensor([self.text_config.dec_token_id])
+        return generate(
+            self.decoder, states, prompt, **{"max_length": 10, "min_length": 1, **options}
+        )
 
     def answer_losses(
         self, states: CrossStates, answers: PackedText, question_index: Sequence[int]
