@@ -18,7 +18,7 @@ _LAZY = {
 }
 _SUBMODULES = frozenset(
     {"capfilt", "checkpoints", "cli", "data", "demo", "environment", "errors", "evaluation"}
-    | {"kernels", "models", "objectives", "ops", "tasks", "train"}
+    | {"generation", "kernels", "models", "objectives", "ops", "tasks", "train"}
 )
 
 __all__ = ["__version__", *_LAZY]

@@ -121,6 +121,10 @@ def wheel_python(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_wheel(wheel_python: str, tmp_path: Path) -> None:
     where = "import blipfast, blipfast.kernels; print(blipfast.kernels.__file__)"
     assert str(ROOT) not in run(where, tmp_path, wheel_python)
+    package = Path(run("import blipfast; print(blipfast.__path__[0])", tmp_path, wheel_python))
+    for config in (ROOT / "blipfast").rglob("*.yaml"):
+        assert (package / config.relative_to(ROOT / "blipfast")).is_file(), config.name
+    assert (package / "py.typed").is_file()
     for folder in (*FOLDERS[1:], tmp_path):
         assert str(ROOT) not in run(FIND, folder, wheel_python)
     # At the root Python itself sees an empty namespace; nothing of ours can be had through it,
