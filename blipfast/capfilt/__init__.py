@@ -1,0 +1,26 @@
+"""CapFilt: caption the images of a noisy set, keep the texts that match (BLIP, section 3.3)."""
+
+from blipfast.capfilt.config import CapFiltConfig
+from blipfast.capfilt.decisions import (
+    Candidate,
+    Decision,
+    Score,
+    filter_candidates,
+    read_manifest,
+)
+from blipfast.capfilt.models import caption_records, model_hash, score_records
+from blipfast.capfilt.run import CapFiltReport, run_capfilt
+
+__all__ = [
+    "Candidate",
+    "CapFiltConfig",
+    "CapFiltReport",
+    "Decision",
+    "Score",
+    "caption_records",
+    "filter_candidates",
+    "model_hash",
+    "read_manifest",
+    "run_capfilt",
+    "score_records",
+]

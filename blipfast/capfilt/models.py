@@ -1,0 +1,129 @@
+"""CapFilt's two models at work: the captioner writes, the filter judges (BLIP, section 3.3)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from blipfast.capfilt.config import CapFiltConfig
+from blipfast.capfilt.decisions import SYNTHETIC, Candidate, Score
+from blipfast.data import BlipTokenizer, pre_caption
+from blipfast.errors import DataError
+from blipfast.generation import caption_images
+from blipfast.models.blip import PackedText
+from blipfast.tasks.caption import BlipForCaptioning
+from blipfast.tasks.retrieval import BlipForRetrieval
+
+
+def model_hash(model: nn.Module) -> str:
+    """Sixteen hex digits that name a model's weights: equal weights, equal hash."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def image_number(key: str) -> int:
+    """A number that names an image in the sampling, whatever batch it is in: from its key alone."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little") >> 1
+
+
+@torch.inference_mode()
+def caption_records(
+    model: BlipForCaptioning,
+    tokenizer: BlipTokenizer,
+    keys: Sequence[str],
+    pixel_values: Tensor,
+    config: CapFiltConfig,
+) -> list[list[Candidate]]:
+    """Synthetic captions, `captions_per_image` for each image; some may be empty.
+
+    Args:
+        model: the captioner, in evaluation mode.
+        tokenizer: its vocabulary.
+        keys: `B` names; with nucleus sampling they and `config.seed` decide the draws.
+        pixel_values: `(B, 3, image_size, image_size)`, on the model's device.
+        config: method, lengths and prompt.
+    """
+    if len(keys) != pixel_values.shape[0]:
+        raise DataError(f"{len(keys)} keys came with {pixel_values.shape[0]} images")
+    beam = config.method == "beam"
+    texts = caption_images(
+        model,
+        tokenizer,
+        pixel_values,
+        prompt=config.prompt,
+        method=config.method,
+        num_beams=config.num_beams if beam else 1,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        repetition_penalty=1.0 if beam else config.repetition_penalty,
+        min_length=config.min_length,
+        max_length=config.max_length,
+        num_return_sequences=config.captions_per_image,
+        seed=None if beam else config.seed,
+        image_ids=None if beam else [image_number(key) for key in keys],
+    )
+    count = config.captions_per_image
+    rows = (texts[i : i + count] for i in range(0, len(texts), count))
+    return [[Candidate(text.strip(), SYNTHETIC) for text in row] for row in rows]
+
+
+@torch.inference_mode()
+def score_records(
+    model: BlipForRetrieval,
+    tokenizer: BlipTokenizer,
+    pixel_values: Tensor,
+    candidates: Sequence[Sequence[Candidate]],
+    config: CapFiltConfig,
+) -> list[list[Score | None]]:
+    """The filter's scores of each image's candidate texts; None for a text that says nothing.
+
+    Every image is encoded and its keys and values projected once, whatever number of texts look at
+    it.
+
+    Args:
+        model: the filter, in evaluation mode.
+        tokenizer: its vocabulary.
+        pixel_values: `(B, 3, image_size, image_size)`, on the model's device.
+        candidates: `B` lists of texts.
+        config: token limit.
+    """
+    if len(candidates) != pixel_values.shape[0]:
+        raise DataError(
+            f"{pixel_values.shape[0]} images came with {len(candidates)} lists of texts"
+        )
+    scores: list[list[Score | None]] = [[None] * len(texts) for texts in candidates]
+    wanted = [
+        (i, j, candidate.text)
+        for i, texts in enumerate(candidates)
+        for j, candidate in enumerate(texts)
+        if says_something(candidate.text)
+    ]
+    if not wanted:
+        return scores
+    batch = tokenizer([text for *_, text in wanted], max_length=config.max_text_tokens)
+    device = pixel_values.device
+    text = PackedText.from_padded(batch.input_ids.to(device), batch.attention_mask.to(device))
+    images = [i for i, *_ in wanted]
+    embeds = model.encode_image(pixel_values)
+    logits = model.match(text, model.image_states(embeds, project=True), images)
+    itm = logits.float().softmax(-1)[:, 1]
+    itc = (model.image_features(embeds)[images] * model.text_features(text)).float().sum(-1)
+    for (i, j, _), p, similarity in zip(wanted, itm.tolist(), itc.tolist(), strict=True):
+        scores[i][j] = Score(p, similarity)
+    return scores
+
+
+def says_something(text: str) -> bool:
+    """Whether a text has a word left after clean-up (and can be encoded at all)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # lone surrogates
+        return False
+    return bool(pre_caption(text).strip())
