@@ -1,0 +1,74 @@
+"""What the main job does by default, and what may be changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from blipfast.errors import ConfigError
+
+_DEFAULT_MINUTES = 15.0
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Sizes of the main job; the defaults take about fifteen minutes on two CPU cores.
+
+    minutes: multiplies all step counts by `minutes / 15`. scale: multiplies the amount of data.
+    noise: share of web texts that are wrong; hard_share: of those, the share with one wrong detail.
+    prompt: of captioners. threshold: of the filter.
+    """
+
+    out: str = "outputs/demo"
+    seed: int = 0
+    minutes: float = _DEFAULT_MINUTES
+    scale: float = 1.0
+    num_concepts: int = 24
+    num_web: int = 6_000
+    num_clean: int = 800
+    num_val: int = 400
+    num_test: int = 250
+    noise: float = 0.4
+    hard_share: float = 0.5
+    image_size: int = 64
+    patch_size: int = 8
+    vision_width: int = 192
+    vision_layers: int = 4
+    text_layers: int = 2
+    embed_dim: int = 128
+    batch_size: int = 64
+    pretrain_steps: int = 600
+    filter_steps: int = 150
+    caption_steps: int = 150
+    learning_rate: float = 1e-3
+    finetune_rate: float = 3e-4
+    queue_size: int = 1_024
+    momentum: float = 0.99
+    alpha: float = 0.4
+    threshold: float = 0.5
+    prompt: str = "a picture of "
+    top_k_rerank: int = 32
+    precision: str = "bf16"
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("minutes", "scale", "learning_rate", "finetune_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"demo.{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("noise", "hard_share", "threshold", "alpha", "momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"demo.{name} is {getattr(self, name)}; it must be 0 to 1")
+        if self.precision not in ("fp32", "bf16"):
+            raise ConfigError(f"demo.precision is {self.precision!r}; choose 'fp32' or 'bf16'")
+        for name in ("batch_size", "pretrain_steps", "filter_steps", "caption_steps", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"demo.{name} is {getattr(self, name)}; it must be at least 1")
+
+    def scaled(self) -> DemoSettings:
+        """The same with `minutes` and `scale` worked into steps and amounts."""
+        time = self.minutes / _DEFAULT_MINUTES
+        steps = ("pretrain_steps", "filter_steps", "caption_steps")
+        amounts = ("num_web", "num_clean", "num_val", "num_test")
+        changes = {name: max(1, round(getattr(self, name) * time)) for name in steps}
+        changes |= {name: max(1, round(getattr(self, name) * self.scale)) for name in amounts}
+        return dataclasses.replace(self, minutes=_DEFAULT_MINUTES, scale=1.0, **changes)
