@@ -207,13 +207,15 @@ def _put_in_place(temporary: Path, target: Path) -> None:
         temporary.rename(target)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(old)  # onto an empty directory, which a rename replaces
     try:
+        target.rename(old)  # onto an empty directory, which a rename replaces
         temporary.rename(target)
-    except OSError:
-        old.rename(target)
+    except BaseException:  # Ctrl-C between the two renames included
+        if not target.exists():
+            old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _reason(error: Exception) -> str:

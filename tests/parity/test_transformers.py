@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from blipfast import load_model
 from blipfast.checkpoints import save_hf
 from blipfast.models.blip import PackedText
-
-transformers = pytest.importorskip("transformers")
 
 DEC, ENC = 150, 151
 TINY = {
