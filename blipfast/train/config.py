@@ -100,6 +100,12 @@ class ModelConfig:
     checkpoint: str | None = described(
         None, "start from it: an original .pth, a Hugging Face directory or one of blipfast's"
     )
+    image_weights: str | None = described(
+        None, "start the image encoder from a timm or DeiT ViT: .pth, .safetensors or folder"
+    )
+    text_weights: str | None = described(
+        None, "start the text transformer from a Hugging Face BERT: folder or .safetensors"
+    )
     allow_fresh: bool = described(
         False, "also weights that do not fit this task's model may start fresh (they are listed)"
     )
@@ -147,7 +153,7 @@ class ObjectiveConfig:
     queue_size: int = described(57_600, "past features kept as negatives of ITC")
     momentum: float = described(0.995, "of the momentum encoders")
     alpha: float = described(0.4, "weight of the momentum encoders' soft targets")
-    alpha_ramp_epochs: float = described(2.0, "epochs over which alpha rises from 0")
+    alpha_ramp_epochs: int = described(2, "epochs over which alpha rises from 0")
     exclude_equal_ids: bool = described(False, "pre-training: no negatives of the same image id")
     negatives_from_all_ranks: bool = described(True, "retrieval: negatives of all ranks (COCO)")
     label_smoothing: float = described(0.1, "of the language modelling loss")

@@ -1,0 +1,46 @@
+"""`blipfast train`: one run from a recipe, a YAML file or dotted options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from blipfast.cli._parsing import add_dataclass, make_parser, parse_as
+from blipfast.train.config import TrainConfig
+
+_EXAMPLES = """\
+  # the paper's pre-training, on your shards
+  blipfast train --config pretrain --data.shards 'shards/*.tar' --data.vocabulary vocab.txt
+
+  # fine-tune a captioner at a smaller learning rate, 1,000 steps only
+  blipfast train --config caption_coco --data.shards coco/ --model.checkpoint model_base.pth \\
+      --data.vocabulary vocab.txt --fit.learning_rate 5e-6 --fit.steps 1000
+
+  # go on after Ctrl-C
+  blipfast train --config caption_coco ... --resume true
+
+  # write the settings of a recipe to a file of your own
+  blipfast train --config retrieval_coco --print_config > mine.yaml"""
+
+
+def packaged() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(__file__).parents[1] / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = make_parser(
+        "train",
+        "Pre-train or fine-tune. Recipes for --config: " + ", ".join(packaged()) + ".",
+        _EXAMPLES,
+        usage="blipfast train [--config RECIPE_OR_FILE] [--GROUP.OPTION VALUE ...]",
+    )
+    add_dataclass(parser, TrainConfig)
+    config = parse_as(TrainConfig, parser, argv, packaged())
+    # After the arguments: their errors and help should not wait for torch.
+    from blipfast.train.recipes import run_training
+
+    run_training(config)
+    print(Path(config.output) / "model")
+    return 0

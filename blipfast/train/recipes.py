@@ -1,0 +1,294 @@
+"""One recipe per task: which model, what a step is, and the whole run from a `TrainConfig`.
+
+The published settings lie in `blipfast/configs/*.yaml`; `packaged_config` finds them by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from blipfast.checkpoints import (
+    init_from_timm_vit,
+    init_text_from_bert,
+    load_model,
+    save_model,
+)
+from blipfast.checkpoints.load import build
+from blipfast.data import BlipTokenizer
+from blipfast.errors import ConfigError, DataError
+from blipfast.models.blip import Blip
+from blipfast.models.config import BlipConfig, blip_config
+from blipfast.objectives.itc import alpha_at
+from blipfast.train.batches import ShardBatches, count_samples
+from blipfast.train.config import FitConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from blipfast.train.engine import Batch, StepFn, StepOutput, fit
+from blipfast.train.files import LAST, write_whole
+from blipfast.train.history import History
+
+Options = Callable[[ObjectiveConfig], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A task: its name in `load_model`, its class's options, and its step.
+
+    make_step: from the objective's settings and the run's length, the step function of `fit`.
+    """
+
+    task: str
+    options: Options
+    make_step: Callable[[ObjectiveConfig, FitConfig], StepFn]
+
+
+def _contrastive_step(objective: ObjectiveConfig, config: FitConfig) -> StepFn:
+    """ITC, ITM (and LM in pre-training) with alpha ramped in over the first epochs."""
+    length, ramp = config.epoch_length, objective.alpha_ramp_epochs
+
+    def step(model: Any, batch: Batch, step: int, epoch: float) -> StepOutput:
+        return model(
+            batch["pixel_values"],
+            batch["input_ids"],
+            batch["attention_mask"],
+            image_ids=batch["image_ids"],
+            alpha=alpha_at(objective.alpha, 0, step, length, ramp),
+            step=step,
+            seed=config.seed,
+        )
+
+    return step
+
+
+def _caption_step(objective: ObjectiveConfig, config: FitConfig) -> StepFn:
+    """LM, with the prompt given rather than learnt."""
+
+    def step(model: Any, batch: Batch, step: int, epoch: float) -> StepOutput:
+        return model(
+            batch["pixel_values"],
+            batch["input_ids"],
+            batch["attention_mask"],
+            prompt_length=batch.get("prompt_length", 0),
+        )
+
+    return step
+
+
+def _vqa_step(objective: ObjectiveConfig, config: FitConfig) -> StepFn:
+    """LM of every answer, weighed by how many gave it."""
+
+    def step(model: Any, batch: Batch, step: int, epoch: float) -> StepOutput:
+        return model(
+            batch["pixel_values"],
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["answer_ids"],
+            batch["answer_mask"],
+            answers_per_question=batch["answers_per_question"],
+            weights=batch["weights"],
+        )
+
+    return step
+
+
+def _nlvr_step(objective: ObjectiveConfig, config: FitConfig) -> StepFn:
+    """Cross-entropy over true and false."""
+
+    def step(model: Any, batch: Batch, step: int, epoch: float) -> StepOutput:
+        return model(
+            batch["pixel_values"],
+            batch["input_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+        )
+
+    return step
+
+
+def _picked(*names: str, **more: Any) -> Options:
+    return lambda objective: {**{n: getattr(objective, n) for n in names}, **more}
+
+
+RECIPES: dict[str, Recipe] = {
+    "pretrain": Recipe(
+        "pretrain",
+        _picked("queue_size", "momentum", "exclude_equal_ids", "label_smoothing"),
+        _contrastive_step,
+    ),
+    "retrieval": Recipe(
+        "retrieval",
+        _picked("queue_size", "momentum", "negatives_from_all_ranks", train_state=True),
+        _contrastive_step,
+    ),
+    "caption": Recipe("caption", _picked("label_smoothing"), _caption_step),
+    "vqa": Recipe("vqa", _picked("label_smoothing"), _vqa_step),
+    "nlvr": Recipe("nlvr", _picked(), _nlvr_step),
+}
+
+
+def packaged_configs() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(__file__).parents[1] / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def run_training(config: TrainConfig, progress: Progress | None = None) -> History:
+    """Trains as configured and writes `config.output`.
+
+    There: `model/` (our format, with its vocab.txt), `history.json`, `train.json` (the settings),
+    `checkpoint/last.pt` to resume from, and `quarantine.json` when records were set aside.
+
+    Raises ConfigError, DataError, CheckpointError and TrainingError, in words.
+    """
+    output = Path(config.output)
+    _check_output(output, config.resume)
+    tokenizer = load_tokenizer(config.data.vocabulary, config.model.checkpoint)
+    recipe = RECIPES[config.task]
+    torch.manual_seed(config.fit.seed)  # of the weights that start at random
+    model = build_model(config.model, recipe, config.objective, tokenizer)
+    fit_config = with_epoch_length(config)
+    size = model.config.vision.image_size
+    batches = ShardBatches(config.data, tokenizer, size, config.task)
+    settings = dataclasses.asdict(dataclasses.replace(config, fit=fit_config))
+    write_whole(
+        output / "train.json", lambda file: file.write(json.dumps(settings, indent=2).encode())
+    )
+    history = fit(
+        model.to(pick_device(config.device)),
+        batches,
+        recipe.make_step(config.objective, fit_config),
+        fit_config,
+        title=config.task,
+        progress=progress,
+        checkpoint_dir=output / "checkpoint",
+        resume=config.resume,
+    )
+    if batches.quarantine:
+        rows = [dataclasses.asdict(bad) for bad in batches.quarantine]
+        text = json.dumps(rows, indent=1, ensure_ascii=False)
+        write_whole(output / "quarantine.json", lambda file: file.write(text.encode()))
+    history.to_json(output / "history.json")
+    save_model(model.cpu(), output / "model", overwrite=True)
+    tokenizer.save(output / "model")
+    return history
+
+
+def build_model(
+    config: ModelConfig, recipe: Recipe, objective: ObjectiveConfig, tokenizer: BlipTokenizer
+) -> Blip:
+    """The task's model: a checkpoint's weights, or a preset at random with the tokenizer's words.
+
+    Raises ConfigError or CheckpointError.
+    """
+    options = recipe.options(objective)
+    if config.checkpoint is not None:
+        if config.image_weights or config.text_weights:
+            raise ConfigError("give model.checkpoint, or image_weights and text_weights, not both")
+        model = load_model(
+            config.checkpoint, recipe.task, image_size=config.image_size,
+            allow_fresh=config.allow_fresh, **options,
+        )  # fmt: skip
+        words = model.config.text.vocab_size
+        if tokenizer.vocab_size != words:
+            raise ConfigError(
+                f"the vocabulary has {tokenizer.vocab_size} pieces, the checkpoint "
+                f"{config.checkpoint} {words}: give its own as data.vocabulary"
+            )
+        if config.drop_path_rate is not None:
+            model = _with_drop_path(model, config.drop_path_rate, recipe.task, options)
+        return model
+    preset = blip_config(config.preset, image_size=config.image_size)
+    model = build(recipe.task, _fitted(preset, config, tokenizer), options)
+    if config.image_weights is not None:
+        init_from_timm_vit(model.visual_encoder, config.image_weights)
+    if config.text_weights is not None:
+        init_text_from_bert(model, config.text_weights)
+    if (twin := getattr(model, "twin", None)) is not None:
+        twin.copy_from(model)
+    return model
+
+
+def _fitted(preset: BlipConfig, config: ModelConfig, tokenizer: BlipTokenizer) -> BlipConfig:
+    text = dataclasses.replace(
+        preset.text,
+        vocab_size=tokenizer.vocab_size,
+        pad_token_id=tokenizer.pad_token_id,
+        cls_token_id=tokenizer.cls_token_id,
+        sep_token_id=tokenizer.sep_token_id,
+        dec_token_id=tokenizer.dec_token_id,
+        enc_token_id=tokenizer.enc_token_id,
+    )
+    vision = preset.vision
+    if config.drop_path_rate is not None:
+        vision = dataclasses.replace(vision, drop_path_rate=config.drop_path_rate)
+    return dataclasses.replace(preset, text=text, vision=vision)
+
+
+def _with_drop_path(model: Blip, rate: float, task: str, options: dict[str, Any]) -> Blip:
+    vision = dataclasses.replace(model.config.vision, drop_path_rate=rate)
+    other = build(task, dataclasses.replace(model.config, vision=vision), options)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def with_epoch_length(config: TrainConfig) -> FitConfig:
+    """`config.fit` with `steps_per_epoch` counted from the shards where it is not given."""
+    run = config.fit
+    if run.steps_per_epoch is not None or run.epochs is None:
+        _ = run.total_steps  # raises when the length is open
+        return run
+    samples, size = count_samples(config.data, config.task), config.data.batch_size
+    steps = samples // size if config.data.drop_last else -(-samples // size)
+    if steps < 1:
+        raise DataError(
+            f"the shards {config.data.shards} hold {samples} samples, not one batch of {size}"
+        )
+    return dataclasses.replace(run, steps_per_epoch=steps)
+
+
+def load_tokenizer(vocabulary: str | None, checkpoint: str | None) -> BlipTokenizer:
+    """The vocabulary given (a file or a folder), or the one beside the checkpoint.
+
+    Raises ConfigError when there is neither, DataError when it cannot be read.
+    """
+    if vocabulary is not None:
+        path = Path(vocabulary)
+        from_folder = BlipTokenizer.from_pretrained_dir
+        return from_folder(path) if path.is_dir() else BlipTokenizer.from_file(path)
+    if checkpoint is not None:
+        folder = Path(checkpoint)
+        folder = folder if folder.is_dir() else folder.parent
+        if any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
+            return BlipTokenizer.from_pretrained_dir(folder)
+        raise ConfigError(
+            f"there is no vocab.txt beside the checkpoint {checkpoint}: give the vocabulary of its "
+            "BERT (vocab.txt of bert-base-uncased for the published models)"
+        )
+    raise ConfigError("no vocabulary: give data.vocabulary, the vocab.txt of BERT uncased")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is a CUDA card where there is one. Raises ConfigError for what cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is unknown; use cpu, cuda or auto") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r}: torch sees no CUDA card here; use cpu or auto")
+    return device
+
+
+def _check_output(output: Path, resume: bool) -> None:
+    if resume or not (output / "checkpoint" / LAST).exists():
+        return
+    raise ConfigError(
+        f"{output} holds a run already: go on with it by resume=true, or choose another output"
+    )
