@@ -65,7 +65,7 @@ class Backends:
 
         Raises BackendError when a backend named by anyone is unknown or cannot run.
         """
-        name, source = self._requested(impl)
+        name, source = _requested(self.op, impl)
         if name != "auto":
             if name not in self._backends:
                 raise BackendError(
@@ -87,16 +87,20 @@ class Backends:
     def __call__(self, tensor: torch.Tensor, impl: str = "auto") -> Callable[..., Any]:
         return self._backends[self.choose(tensor, impl)[0]].fn
 
-    def _requested(self, impl: str) -> tuple[str, str]:
-        if impl != "auto":
-            return impl, "the impl argument"
-        overrides = _overrides.get()
-        if self.op in overrides:
-            return overrides[self.op], "use_backend"
-        env = _parse_env(os.environ.get(ENV_VAR, ""))
-        if self.op in env:
-            return env[self.op], ENV_VAR
-        return "auto", "default"
+
+# A compiled graph keeps the choice that was in force when it was traced.
+@torch.compiler.assume_constant_result
+def _requested(op: str, impl: str) -> tuple[str, str]:
+    """The backend that was asked for, or "auto", and by whom."""
+    if impl != "auto":
+        return impl, "the impl argument"
+    overrides = _overrides.get()
+    if op in overrides:
+        return overrides[op], "use_backend"
+    env = _parse_env(os.environ.get(ENV_VAR, ""))
+    if op in env:
+        return env[op], ENV_VAR
+    return "auto", "default"
 
 
 def _parse_env(value: str) -> dict[str, str]:

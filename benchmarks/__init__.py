@@ -1,0 +1,1 @@
+"""The benchmark suite: parity first, then time and memory beside the best alternative."""

@@ -1,0 +1,100 @@
+"""Times every code beside its baseline, and writes JSON and a page of plots.
+
+python -m benchmarks                          # everything, about ten minutes on two CPU cores
+python -m benchmarks --only rerank caption    # some of it
+python -m benchmarks --out /tmp/results       # elsewhere than benchmarks/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.report import Row, write_page
+
+HERE = Path(__file__).parent
+NAMES = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "raw.json"
+        done = subprocess.run(
+            [
+                *(sys.executable, "-P", "-m", "pytest", "-q", "--import-mode=importlib"),
+                *("-p", "no:cacheprovider", f"--benchmark-json={raw}", "--benchmark-quiet"),
+                *(str(HERE / f"bench_{name}.py") for name in arguments.only),
+            ],
+            cwd=HERE.parent,
+            check=False,
+        )
+        if not raw.exists():
+            return done.returncode or 1
+        results = digest(json.loads(raw.read_text()))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"{slug(results['machine']['cpu'])}.json"
+    if path.exists() and arguments.only != NAMES:
+        results["rows"] = merged(json.loads(path.read_text())["rows"], results["rows"])
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    page = write_page(results, path.with_suffix(""))
+    print(f"\n{path}\n{page}")
+    return done.returncode
+
+
+def digest(raw: dict[str, Any]) -> dict[str, Any]:
+    """What a reader needs of pytest-benchmark's output, and what machine and versions it is of."""
+    rows = [
+        Row(
+            group=entry["group"],
+            code=entry["extra_info"]["code"],
+            median=entry["stats"]["median"],
+            fastest=entry["stats"]["min"],
+            slowest=entry["stats"]["max"],
+            rounds=entry["stats"]["rounds"],
+            extra={k: v for k, v in entry["extra_info"].items() if k != "code"},
+        )
+        for entry in raw["benchmarks"]
+    ]
+    return {
+        "command": "python -m benchmarks",
+        "date": raw["datetime"][:10],
+        "machine": {
+            "cpu": raw["machine_info"].get("cpu", {}).get("brand_raw", platform.processor()),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {name: version(name) for name in ("blipfast", "torch", "transformers")},
+        "rows": [row.to_dict() for row in rows],
+    }
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows measured now replace those of the same groups."""
+    groups = {row["group"] for row in new}
+    return [row for row in old if row["group"] not in groups] + new
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "")).strip("-") or "cpu"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

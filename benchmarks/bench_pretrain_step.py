@@ -1,0 +1,106 @@
+"""One pre-training step, forward and backward: the packed pass against the 2022 formulation.
+
+ViT-B/16 and BERT-base, random weights, batch 8, 224 px, queue 57,600, captions of natural length.
+Dropout is off, so that both give the same losses, which is asserted before anything is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import original, workloads
+from benchmarks.flops import count_flops
+from benchmarks.memory import peak_memory
+from blipfast.models.config import blip_config
+from blipfast.tasks.pretrain import BlipForPretraining
+
+BATCH, ALPHA = 8, 0.4
+
+
+def new_model() -> BlipForPretraining:
+    torch.manual_seed(0)
+    config = blip_config("blip_base")
+    text = dataclasses.replace(config.text, dropout=0.0, attention_dropout=0.0)
+    return BlipForPretraining(dataclasses.replace(config, text=text)).train()
+
+
+def new_batch() -> tuple[Tensor, Tensor, Tensor]:
+    return workloads.images(BATCH, 224), *workloads.captions(BATCH)
+
+
+@pytest.fixture(scope="module")
+def model() -> BlipForPretraining:
+    fresh = new_model()
+    assert_parity(fresh, new_batch())
+    return fresh
+
+
+@pytest.fixture(scope="module")
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    return new_batch()
+
+
+def blipfast_step(model: BlipForPretraining, batch: tuple[Tensor, ...], step: int = 0) -> None:
+    model(*batch, alpha=ALPHA, step=step).loss.backward()
+
+
+def original_step(model: BlipForPretraining, batch: tuple[Tensor, ...]) -> None:
+    sum(original.pretrain_losses(model, *batch, alpha=ALPHA)).backward()  # type: ignore[union-attr]
+
+
+STEPS: dict[str, Callable[..., None]] = {"blipfast": blipfast_step, "original": original_step}
+
+
+@contextlib.contextmanager
+def precision(name: str) -> Iterator[None]:
+    with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16"):
+        yield
+
+
+def assert_parity(model: BlipForPretraining, batch: tuple[Tensor, ...]) -> None:
+    ours = model(*batch, alpha=ALPHA, step=0, update_state=False)
+    theirs = original.pretrain_losses(
+        model, *batch, alpha=ALPHA, negatives=ours.negatives, update_state=False
+    )
+    for name, loss, expected in zip(ours.losses(), ours.losses().values(), theirs, strict=True):
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("code", STEPS)
+def test_pretrain_step(
+    benchmark: Any, model: BlipForPretraining, batch: tuple[Tensor, ...], code: str, dtype: str
+) -> None:
+    step = STEPS[code]
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        with precision(dtype):
+            step(model, batch)
+
+    benchmark.group = f"pre-training step, batch {BATCH}, {dtype}"
+    benchmark.extra_info.update(
+        code=code,
+        tflop=count_flops(run) / 1e12,
+        tokens_per_caption=float(batch[2].sum() / BATCH),
+        peak_mib=peak_memory(f"{__name__}:peak_of", code, dtype),
+    )
+    benchmark.pedantic(run, rounds=3, warmup_rounds=1)
+
+
+def peak_of(code: str, dtype: str) -> Callable[[], None]:
+    """What `peak_memory` runs in a process of its own."""
+    own, inputs = new_model(), new_batch()
+
+    def run() -> None:
+        with precision(dtype):
+            STEPS[code](own, inputs)
+
+    return run

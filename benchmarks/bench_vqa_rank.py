@@ -1,0 +1,104 @@
+"""VQA ranking: two questions at 480 px, 128 of 3,128 candidate answers.
+
+The baseline ranks as the original does, on the same modules: question states and K/V repeated for
+each candidate, answers padded, logits over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import workloads
+from blipfast.models.blip import PackedText
+from blipfast.models.config import blip_config
+from blipfast.models.reference import encode_padded
+from blipfast.tasks.vqa import BlipForVQA
+
+QUESTIONS, ANSWERS, K = 2, 3_128, 128
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def answer_texts() -> tuple[Tensor, Tensor]:
+    """VQA's answers are short: one to three words and two special tokens, eight at the most."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(ANSWERS, generator=generator)
+    lengths = 3 + (draws > 0.6).long() + (draws > 0.85).long() + 3 * (draws > 0.99).long()
+    return workloads.texts(lengths.tolist(), seed=1)
+
+
+@torch.no_grad()
+def rank_per_pass(
+    model: BlipForVQA, question: Tensor, mask: Tensor, ids: Tensor, answer_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Candidates `(B, K)` and the log-likelihood of each, by the original's formulation."""
+    batch, dec = len(question), model.text_config.dec_token_id
+    starts = torch.full((batch, 1), dec)
+    ones = torch.ones_like(starts)
+    hidden = encode_padded(
+        model.decoder, starts, ones, cross_embeds=question, cross_mask=mask, causal=True
+    )
+    probs = model.lm_head(hidden)[:, 0].float().softmax(-1)[:, ids[:, 1]]
+    chosen = probs.topk(K, dim=1).indices
+    inputs, keep = ids[chosen.flatten()].clone(), answer_mask[chosen.flatten()]
+    inputs[:, 0] = dec
+    hidden = encode_padded(
+        model.decoder,
+        inputs,
+        keep,
+        cross_embeds=question.repeat_interleave(K, dim=0),
+        cross_mask=mask.repeat_interleave(K, dim=0),
+        causal=True,
+    )
+    logits = model.lm_head(hidden)[:, :-1].contiguous().float()
+    targets = inputs.masked_fill(keep == 0, -100)[:, 1:]
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1, reduction="none"
+    )
+    return chosen, -losses.view(batch, K, -1).sum(-1)
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def setting(request: pytest.FixtureRequest) -> dict[str, Any]:
+    torch.manual_seed(0)
+    dtype = DTYPES[request.param]
+    model = BlipForVQA(blip_config("blip_base", image_size=480)).eval().to(dtype)
+    ids, answer_mask = answer_texts()
+    answers = PackedText.from_padded(ids, answer_mask)
+    question_ids, question_mask = workloads.texts([11, 8])
+    pixels = workloads.images(QUESTIONS, 480).to(dtype)
+    with torch.no_grad():
+        states = model.encode_question(pixels, question_ids, question_mask)
+
+    def per_pass() -> tuple[Tensor, Tensor]:
+        return rank_per_pass(model, states.embeds[0], question_mask, ids, answer_mask)
+
+    ranked = model.rank(states, answers, K)
+    chosen, likelihood = per_pass()
+    for row in range(QUESTIONS):
+        expected = dict(zip(chosen[row].tolist(), likelihood[row].tolist(), strict=True))
+        found = zip(
+            ranked.answer_ids[row].tolist(), ranked.log_likelihood[row].tolist(), strict=True
+        )
+        # Answers that share their first token tie in the first stage.
+        both = [(x, expected[answer]) for answer, x in found if answer in expected]
+        assert len(both) > K / 2
+        tolerance = 1e-3 if dtype == torch.float32 else 0.5
+        torch.testing.assert_close(*torch.tensor(both).T, atol=tolerance, rtol=1e-2)
+    runs: dict[str, Callable[[], Any]] = {
+        "blipfast": lambda: model.rank(states, answers, K),
+        "per-pass": per_pass,
+    }
+    return {"dtype": request.param, "runs": runs}
+
+
+@pytest.mark.parametrize("code", ["blipfast", "per-pass"])
+def test_vqa_rank(benchmark: Any, setting: dict[str, Any], code: str) -> None:
+    benchmark.group = f"VQA ranking, {QUESTIONS} x {K} answers, text side, {setting['dtype']}"
+    benchmark.extra_info.update(code=code)
+    benchmark.pedantic(setting["runs"][code], rounds=3, warmup_rounds=1)

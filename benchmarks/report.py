@@ -1,0 +1,100 @@
+"""The page of results: a table of ratios and a plot of times, as Markdown beside an SVG."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+OURS = "blipfast"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One code's time on one workload, in seconds."""
+
+    group: str
+    code: str
+    median: float
+    fastest: float
+    slowest: float
+    rounds: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def write_page(results: dict[str, Any], stem: Path) -> Path:
+    """Writes `stem.md` and `stem.svg`; returns the page's path."""
+    rows = [Row(**row) for row in results["rows"]]
+    plot(rows, stem.with_suffix(".svg"))
+    machine, versions = results["machine"], results["versions"]
+    lines = [
+        f"# {machine['cpu']}, {machine['threads']} threads, {results['date']}",
+        "",
+        f"`{results['command']}`; {machine['capability']}; "
+        + ", ".join(f"{name} {number}" for name, number in versions.items())
+        + ". Random weights, base size; medians; each pair gave equal results before it was timed.",
+        "",
+        f"![times]({stem.name}.svg)",
+        "",
+        "| work | code | seconds | slowest to fastest | times ours | notes |",
+        "|---|---|---|---|---|---|",
+        *(table_line(row, rows) for row in rows),
+        "",
+    ]
+    page = stem.with_suffix(".md")
+    page.write_text("\n".join(lines))
+    return page
+
+
+def best_of_ours(group: str, rows: list[Row]) -> Row:
+    """Our row of a group; where several backends of ours ran, the fastest."""
+    own = [row for row in rows if row.group == group and is_ours(row)]
+    return min(own, key=lambda row: row.median)
+
+
+def is_ours(row: Row) -> bool:
+    return row.code in (OURS, "native", "torch", "triton")
+
+
+def table_line(row: Row, rows: list[Row]) -> str:
+    ratio = row.median / best_of_ours(row.group, rows).median
+    notes = ", ".join(f"{name} {short(value)}" for name, value in row.extra.items())
+    return (
+        f"| {row.group} | {row.code} | {row.median:.3f} | {row.slowest:.3f} to {row.fastest:.3f} "
+        f"| {ratio:.2f} | {notes} |"
+    )
+
+
+def short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Horizontal bars: each code's time as a multiple of ours."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    groups = list(dict.fromkeys(row.group for row in rows))
+    figure, axes = plt.subplots(
+        len(groups), 1, figsize=(8, 0.5 + 0.85 * len(groups)), squeeze=False, sharex=True
+    )
+    for axis, group in zip(axes[:, 0], groups, strict=True):
+        mine = best_of_ours(group, rows)
+        members = [row for row in rows if row.group == group][::-1]
+        ratios = [row.median / mine.median for row in members]
+        colours = ["#2a7f62" if is_ours(row) else "#b0b0b0" for row in members]
+        bars = axis.barh([row.code for row in members], ratios, color=colours)
+        axis.bar_label(bars, [f"{r:.1f}x" for r in ratios], padding=3, fontsize=7)
+        axis.set_title(group, fontsize=8, loc="left")
+        axis.tick_params(labelsize=7)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    axes[-1, 0].set_xlabel("time, as a multiple of ours", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

@@ -1,0 +1,37 @@
+"""What every benchmark runs on: sizes, random weights and texts of natural length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Tokens of a caption with its two special ones: COCO's mean is 13.5, most lie between 10 and 17.
+_MEAN, _SPREAD, _SHORTEST, _LONGEST = 13.5, 2.5, 9, 30
+
+
+def caption_lengths(count: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randn(count, generator=generator) * _SPREAD + _MEAN
+    return lengths.round().long().clamp(_SHORTEST, _LONGEST).tolist()
+
+
+def captions(count: int, seed: int = 0, vocab_size: int = 30_522) -> tuple[Tensor, Tensor]:
+    """Right-padded `input_ids` and `attention_mask`, `(count, longest)`, of random words."""
+    return texts(caption_lengths(count, seed), seed, vocab_size)
+
+
+def texts(lengths: list[int], seed: int = 0, vocab_size: int = 30_522) -> tuple[Tensor, Tensor]:
+    """Right-padded texts of the given lengths: [CLS], random words, [SEP]."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    mask = (torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long()
+    words = torch.randint(1_000, vocab_size, (len(lengths), longest), generator=generator)
+    ids = words * mask
+    ids[:, 0] = 101
+    ids[torch.arange(len(lengths)), mask.sum(1) - 1] = 102
+    return ids, mask
+
+
+def images(count: int, size: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, size, size, generator=generator)
