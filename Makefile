@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS)
 INDEX := $(if $(PIP_INDEX),--index-url $(PIP_INDEX))
 STAMP := $(VENV)/.blipfast-installed
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt \
-           $(wildcard build_support/*.py kernels/csrc/*)
+           $(wildcard kernels/*.py kernels/csrc/*)
 
 .PHONY: help venv demo test test-slow check format bench bench-gpu native clean
 help:

@@ -102,7 +102,7 @@ class BuildNative(Command):
         # In an editable install `install_lib` is the folder that becomes the wheel.
         site = Path(self.get_finalized_command("install").install_lib)
         site.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / "build_support" / "_blipfast_checkout_guard.py", site)
+        shutil.copy(ROOT / "kernels" / "_blipfast_checkout_guard.py", site)
         (site / "_blipfast_checkout_guard.pth").write_text(
             "import _blipfast_checkout_guard; _blipfast_checkout_guard.install()\n"
         )
@@ -115,7 +115,7 @@ class BuildNative(Command):
 
     def get_source_files(self) -> list[str]:
         sources = [*(ROOT / "kernels" / "csrc").glob("*.*"), ROOT / "CMakeLists.txt"]
-        sources += (ROOT / "build_support").glob("*.py")
+        sources += (ROOT / "kernels").glob("*.py")
         return [str(path.relative_to(ROOT)) for path in sources]
 
 

@@ -1,8 +1,8 @@
 """The one place that chooses which backend runs an operator.
 
-Each operator owns a `Backends` table, in order of preference. `auto` takes the first that can run on
-the given tensor; a name given by argument, context manager or environment must be able to run, or a
-`BackendError` says why not.
+Each operator owns a `Backends` table, in order of preference. `auto` takes the first that can run
+on the given tensor; a name given by argument, context manager or environment must be able to run,
+or a `BackendError` says why not.
 
 Precedence: the `impl=` argument, then `use_backend(...)`, then `BLIPFAST_BACKEND`
 (`"cross_attention=reference,linear_cross_entropy=torch"`), then `auto`.
@@ -22,7 +22,7 @@ import torch
 from blipfast.errors import BackendError
 
 ENV_VAR = "BLIPFAST_BACKEND"
-_overrides: ContextVar[dict[str, str]] = ContextVar("blipfast_backends", default={})
+_overrides: ContextVar[dict[str, str] | None] = ContextVar("blipfast_backends", default=None)
 _tables: dict[str, Backends] = {}
 
 
@@ -48,7 +48,7 @@ class Backends:
     def register(
         self, name: str, why_not: Callable[[torch.Tensor], str | None] = _always
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Add `fn` as backend `name`; `why_not(tensor)` returns the reason it cannot run, or None."""
+        """Adds `fn` as backend `name`; `why_not(tensor)` says why it cannot run, None if it can."""
 
         def add(fn: Callable[..., Any]) -> Callable[..., Any]:
             self._backends[name] = _Backend(name, fn, why_not)
@@ -94,7 +94,7 @@ def _requested(op: str, impl: str) -> tuple[str, str]:
     """The backend that was asked for, or "auto", and by whom."""
     if impl != "auto":
         return impl, "the impl argument"
-    overrides = _overrides.get()
+    overrides = _overrides.get() or {}
     if op in overrides:
         return overrides[op], "use_backend"
     env = _parse_env(os.environ.get(ENV_VAR, ""))
@@ -112,11 +112,11 @@ def _parse_env(value: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def use_backend(**backends: str) -> Iterator[None]:
-    """Choose backends by operator name within a block: `with use_backend(cross_attention="torch"):`."""
+    """Chooses backends within a block: `with use_backend(cross_attention="torch"):`."""
     unknown = set(backends) - set(_tables)
     if unknown:
         raise BackendError(f"no operator {sorted(unknown)}; there are {sorted(_tables)}")
-    token = _overrides.set({**_overrides.get(), **backends})
+    token = _overrides.set({**(_overrides.get() or {}), **backends})
     try:
         yield
     finally:
@@ -126,6 +126,6 @@ def use_backend(**backends: str) -> Iterator[None]:
 def explain(
     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """For each operator, the backend that `auto` takes on `device` and why (used by `blipfast info`)."""
+    """For each operator the backend that `auto` takes on `device`, and why."""
     probe = torch.empty(0, device=device, dtype=dtype)
     return {op: table.choose(probe) for op, table in sorted(_tables.items())}

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from blipfast.errors import ShapeError
+from blipfast.ops import _native
 from blipfast.ops._contrastive_stream import (
     accumulator,
     key_gradients,
@@ -121,6 +122,23 @@ def contrastive_softmax_reference(
     return -(targets * log_p).sum(1)
 
 
+@backends.register("native", _native.why_not)
+def _native_backend(
+    query: Tensor,
+    keys: list[Tensor],
+    temperature: Tensor,
+    teacher_query: Tensor | None,
+    alpha: Tensor,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    offset: int,
+) -> Tensor:
+    loss: Tensor = torch.ops.blipfast.contrastive_softmax(
+        query, keys, temperature, teacher_query, alpha, query_ids, key_ids, offset, True
+    )[0]
+    return loss
+
+
 @backends.register("torch")
 def _torch_backend(
     query: Tensor,
@@ -133,7 +151,7 @@ def _torch_backend(
     offset: int,
 ) -> Tensor:
     loss: Tensor = torch.ops.blipfast.contrastive_softmax(
-        query, keys, temperature, teacher_query, alpha, query_ids, key_ids, offset
+        query, keys, temperature, teacher_query, alpha, query_ids, key_ids, offset, False
     )[0]
     return loss
 
@@ -164,7 +182,8 @@ def _reference_backend(
     "blipfast::contrastive_softmax",
     mutates_args=(),
     schema="(Tensor query, Tensor[] keys, Tensor temperature, Tensor? teacher_query, Tensor alpha,"
-    " Tensor? query_ids, Tensor? key_ids, int offset) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? query_ids, Tensor? key_ids, int offset, bool native)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
     query: Tensor,
@@ -175,12 +194,16 @@ def _forward(
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     offset: int,
+    native: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss `(B,)`, log-sum-exps `(R,)`, mean keys under p and under the targets, both `(B, D)`."""
     with torch.autocast(query.device.type, enabled=False):
         size = query.shape[0]
         rows = scaled_rows(query, teacher_query, temperature)
-        lse, means = online_softmax(rows, keys)
+        if native:
+            lse, means = _native.native_online_softmax(query, teacher_query, temperature, keys)
+        else:
+            lse, means = online_softmax(rows, keys)
         if query_ids is None or key_ids is None:
             target, mass = key_range(keys, offset, size).to(rows.dtype), rows.new_ones(size, 1)
         else:
@@ -194,7 +217,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(query, keys, temperature, teacher_query, alpha, query_ids, key_ids, offset):  # type: ignore[no-untyped-def]
+def _(query, keys, temperature, teacher_query, alpha, query_ids, key_ids, offset, native):  # type: ignore[no-untyped-def]
     dtype = accumulator(query)
     size, width = query.shape
     rows = size if teacher_query is None else 2 * size
@@ -244,7 +267,7 @@ def _(grad, query, keys, temperature, *_args):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, keys, temperature, teacher_query, alpha, query_ids, key_ids, offset = inputs
+    query, keys, temperature, teacher_query, alpha, query_ids, key_ids, offset, _ = inputs
     _, lse, mean_student, mean_target = output
     ctx.with_keys = any(key.requires_grad for key in keys)
     ctx.blocks, ctx.offset = len(keys), offset
@@ -275,7 +298,7 @@ def _autograd(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Any, ...]:
         parts = d_keys.split([len(key) for key in keys])
         pairs = zip(parts, keys, strict=True)
         d_blocks = [part.to(k.dtype) if k.requires_grad else None for part, k in pairs]
-    return d_query, d_blocks, d_temperature, None, None, None, None, None
+    return d_query, d_blocks, d_temperature, None, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -78,7 +78,7 @@ def test_the_guard_lets_the_real_package_through(tmp_path: Path) -> None:
 
 
 def test_the_guard_hides_nothing_else() -> None:
-    code = "import importlib.util as u; print(u.find_spec('build_support') is not None)"
+    code = "import importlib.util as u; print(u.find_spec('scripts') is not None)"
     assert run(code, ROOT) == "True"
 
 
