@@ -1,0 +1,305 @@
+"""Compile every Triton kernel ahead of time, without a GPU, and look at the machine code.
+
+    python benchmarks/aot.py --arch 80 90 100 gfx942            # the table in benchmarks/results/
+    python benchmarks/aot.py --arch 90 --quick --json -         # a part of it, to standard output
+
+The launchers themselves are called, on tensors without storage, with their launches recorded: what
+is compiled is exactly what they would start. The exit status is 1 when a kernel spills registers,
+needs more shared memory than there is, or multiplies matrices without tensor cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Kernels under the interpreter cannot be compiled; this must come before Triton is imported.
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+from blipfast.kernels import _runtime
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+RESULTS = Path(__file__).parent / "results"
+_OPTIONS = ("num_warps", "num_stages", "num_ctas")
+# Shared memory a block may take and a multiprocessor has, in bytes; registers and threads of one.
+_NVIDIA = {
+    "80": (163 << 10, 164 << 10),
+    "90": (227 << 10, 228 << 10),
+    "100": (227 << 10, 228 << 10),
+}
+_REGISTERS, _THREADS = 65536, 2048
+_TENSOR_CORE = {"80": "HMMA", "90": "HGMMA|HMMA", "100": "UTC[A-Z]*MMA|HMMA", "gfx942": "mfma"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One recorded launch, as far as the compiler cares."""
+
+    kernel: Any
+    label: str
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, int]
+
+
+@dataclasses.dataclass
+class Row:
+    """One compiled kernel of the table."""
+
+    arch: str
+    case: str
+    kernel: str
+    config: str
+    registers: int
+    spills: int
+    shared: int
+    tensor_core: int
+    occupancy: float
+    faults: list[str]
+
+
+def _specialize(value: Any, name: str, path: tuple[int, ...], kernel: Any, launch: Launch) -> Any:
+    """The type of an argument by Triton's rules; notes constants and divisibility by 16."""
+    if isinstance(value, tuple):
+        parts = enumerate(value)
+        return tuple(_specialize(v, name, (*path, i), kernel, launch) for i, v in parts)
+    plain = name not in (kernel.do_not_specialize or ())
+    if (
+        value is None
+        or isinstance(value, (bool, str))
+        or (plain and type(value) is int and value == 1)
+    ):
+        launch.constants[path] = value
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        launch.attributes[path] = [["tt.divisibility", 16]]
+        return "*" + triton.runtime.jit.type_canonicalisation_dict[str(value.dtype).split(".")[1]]
+    if isinstance(value, float):
+        return "fp32"
+    if plain and value % 16 == 0:
+        launch.attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def record(label: str, run: Callable[[], Any]) -> list[Launch]:
+    """The launches that `run` would make."""
+    launches: list[Launch] = []
+
+    def note(kernel: Any, grid: Any, args: Sequence[Any], meta: dict[str, Any]) -> None:
+        options = {k: meta[k] for k in _OPTIONS if k in meta}
+        launch = Launch(kernel, label, {}, {}, {}, options)
+        values = [*args, *(meta[name] for name in kernel.arg_names[len(args) :])]
+        for i, (name, value) in enumerate(zip(kernel.arg_names, values, strict=True)):
+            if kernel.params[i].is_constexpr:
+                launch.constants[(i,)] = value
+                launch.signature[name] = "constexpr"
+            else:
+                launch.signature[name] = _specialize(value, name, (i,), kernel, launch)
+        launches.append(launch)
+
+    _runtime.recorder = note
+    try:
+        run()
+    finally:
+        _runtime.recorder = None
+    return launches
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _cross_attention_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    from blipfast.kernels.cross_attention import run_backward, run_forward
+
+    dims = (64,) if quick else (32, 64, 128)
+    dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32)
+    rows = ((56, False), (900, True)) if quick else ((3, False), (20, False), (56, True), (900, 0))
+    for dim in dims:
+        for dtype in dtypes:
+            if dtype == torch.float16 and dim != 64:
+                continue  # as bfloat16
+            for max_rows, dropout in rows:
+                q = _empty(90 * max_rows, 12, dim, dtype=dtype)
+                k = _empty(90, 197, 12, dim, dtype=dtype).transpose(1, 2)
+                index = [_empty(91, dtype=torch.int32), _empty(len(q), dtype=torch.int64), None]
+                index += [_empty(1, dtype=torch.int64) if dropout else None, max_rows]
+                index += [0.1 if dropout else 0.0]
+                lse = _empty(12, len(q), dtype=torch.float32)
+                name = str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
+                case = f"cross_attention {name} d={dim} rows={max_rows}"
+                case += " dropout" * bool(dropout)
+
+                def run(q: Any = q, k: Any = k, lse: Any = lse, index: Any = index) -> None:
+                    run_forward(q, k, k, *index)
+                    run_backward(q, q, k, k, q, lse, *index)
+
+                yield case, run
+
+
+CASES = [_cross_attention_cases]
+
+
+def compile_launch(launch: Launch, arch: str) -> Row:
+    """Compile for `arch` ("80", "90", "100" or "gfx…") and read what came out."""
+    nvidia = not arch.startswith("gfx")
+    target = GPUTarget("cuda", int(arch), 32) if nvidia else GPUTarget("hip", arch, 64)
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    compiled = triton.compile(source, target=target, options=dict(launch.options))
+    config = " ".join(
+        f"{name.lower().removeprefix('block_')}={launch.constants[(i,)]}"
+        for i, name in enumerate(launch.kernel.arg_names)
+        if name.startswith("BLOCK_")
+    )
+    config += f" warps={launch.options['num_warps']} stages={launch.options['num_stages']}"
+    read = _read_nvidia if nvidia else _read_amd
+    registers, spills, tensor_core, dots = read(compiled, arch)
+    row = Row(
+        arch=arch if not nvidia else f"sm_{arch}",
+        case=launch.label,
+        kernel=launch.kernel.__name__,
+        config=config,
+        registers=registers,
+        spills=spills,
+        shared=compiled.metadata.shared,
+        tensor_core=tensor_core,
+        occupancy=_occupancy(arch, registers, compiled.metadata.shared, launch.options),
+        faults=[],
+    )
+    limit = _NVIDIA[arch][0] if nvidia else 64 << 10
+    if spills:
+        row.faults.append(f"{spills} spills")
+    if row.shared > limit:
+        row.faults.append(f"{row.shared} bytes of shared memory of {limit}")
+    if dots and not tensor_core:
+        row.faults.append("no tensor-core instructions")
+    return row
+
+
+def _read_nvidia(compiled: Any, arch: str) -> tuple[int, int, int, bool]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        sass = subprocess.run(
+            [tool, "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
+    return registers, spills, len(re.findall(_TENSOR_CORE[arch], sass)), _has_dots(compiled)
+
+
+def _read_amd(compiled: Any, arch: str) -> tuple[int, int, int, bool]:
+    text = compiled.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # type: ignore[index]
+
+    # Scalar registers spill into lanes of vector registers, not into memory.
+    spills = number("vgpr_spill_count")
+    tensor_core = len(re.findall(_TENSOR_CORE[arch], text))
+    return number("vgpr_count"), spills, tensor_core, _has_dots(compiled)
+
+
+def _has_dots(compiled: Any) -> bool:
+    """Products that tensor cores should do: all but those asked for in full float32."""
+    dots = re.findall(r"tt\.dot .*", compiled.asm["ttir"])
+    return any("xf32> *" not in dot or "inputPrecision = tf32" in dot for dot in dots)
+
+
+def _occupancy(arch: str, registers: int, shared: int, options: dict[str, int]) -> float:
+    """Share of the threads that a multiprocessor can hold."""
+    if arch.startswith("gfx"):
+        return min(8, 512 // max(8, -(-registers // 8) * 8)) / 8
+    threads = 32 * options["num_warps"]
+    by_registers = _REGISTERS // (-(-registers // 8) * 8 * threads)
+    by_shared = _NVIDIA[arch][1] // (shared + 1024)
+    return min(by_registers, by_shared, _THREADS // threads) * threads / _THREADS
+
+
+def compile_all(archs: Sequence[str], quick: bool, only: str = "") -> list[Row]:
+    """Every distinct kernel and configuration, once for each architecture."""
+    rows = []
+    for arch in archs:
+        _runtime.hip = arch.startswith("gfx")
+        seen = set()
+        for cases in CASES:
+            for label, run in cases(quick):
+                if only not in label:
+                    continue
+                for launch in record(label, run):
+                    constants = tuple(sorted(launch.constants.items(), key=str))
+                    types = str((launch.signature, launch.attributes, constants, launch.options))
+                    if (launch.kernel.__name__, types) not in seen:
+                        seen.add((launch.kernel.__name__, types))
+                        rows.append(compile_launch(launch, arch))
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    lines = [
+        f"Triton {triton.__version__}, compiled without a GPU by `python benchmarks/aot.py`.",
+        "Occupancy: share of a multiprocessor's threads, from registers and shared memory.",
+        "",
+        "| arch | case | kernel | configuration | registers | spills | shared, bytes "
+        "| tensor-core instr. | occupancy |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r.arch} | {r.case} | {r.kernel} | {r.config} | {r.registers} | {r.spills} "
+            f"| {r.shared} | {r.tensor_core} | {r.occupancy:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", default=["80", "90", "100", "gfx942"])
+    parser.add_argument("--quick", action="store_true", help="a few configurations only")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--json", metavar="FILE", help="write rows here ('-': standard output)")
+    args = parser.parse_args()
+    rows = compile_all(args.arch, args.quick, args.only)
+    records = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
+    if args.json == "-":
+        print(records)
+    elif args.json:
+        _write(Path(args.json), records)
+    else:
+        RESULTS.mkdir(exist_ok=True)
+        for arch in args.arch:
+            name = arch if arch.startswith("gfx") else f"sm_{arch}"
+            _write(RESULTS / f"aot-{name}.md", table([r for r in rows if r.arch == name]))
+    faulty = [row for row in rows if row.faults]
+    for row in faulty:
+        print(row.arch, row.case, row.kernel, row.config, *row.faults, sep="; ", file=sys.stderr)
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""Triton kernels of `cross_attention`; shapes and layout as in its launcher.
+
+Tensors come with four strides, `(set, head, row, column)`; rows of queries have no set (stride 0).
+Scores are kept in powers of two (`exp2`), and transposed, `(keys, rows)`, in the backward kernels,
+so that three of their five products take their operands as they come.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rows(cu_rows, order, b, tile, HAS_ORDER: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Grouped and packed numbers of a tile's rows, and which of them exist."""
+    grouped = tl.load(cu_rows + b) + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = grouped < tl.load(cu_rows + b + 1)
+    if HAS_ORDER:
+        packed = tl.load(order + grouped, mask=valid, other=0).to(tl.int64)
+    else:
+        packed = grouped.to(tl.int64)
+    return grouped, packed, valid
+
+
+@triton.jit
+def _num_keys(kv_lengths, b, num_keys, HAS_LENGTHS: tl.constexpr):
+    if HAS_LENGTHS:
+        return tl.maximum(tl.minimum(tl.load(kv_lengths + b).to(tl.int32), num_keys), 0)
+    else:
+        return num_keys
+
+
+@triton.jit
+def _load(base, strides, b, h, index, valid, columns, head_dim, EVEN_D: tl.constexpr):
+    """Rows `index` of one set and head, `(len(index), BLOCK_D)`, zero where there is nothing."""
+    base += b * strides[0] + h * strides[1]
+    pointers = base + index[:, None] * strides[2] + columns[None, :] * strides[3]
+    if EVEN_D:
+        return tl.load(pointers, mask=valid[:, None], other=0.0)
+    else:
+        mask = valid[:, None] & (columns[None, :] < head_dim)
+        return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(base, strides, b, h, index, valid, columns, head_dim, value):
+    base += b * strides[0] + h * strides[1]
+    pointers = base + index[:, None] * strides[2] + columns[None, :] * strides[3]
+    mask = valid[:, None] & (columns[None, :] < head_dim)
+    tl.store(pointers, value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _raise(seed, keys, packed, head, dropout_p, DROPOUT: tl.constexpr):
+    """Factors of the attention weights: 0 where dropped; `keys`, `packed` broadcast together."""
+    if DROPOUT:
+        key = keys.to(tl.int32) + tl.zeros_like(packed).to(tl.int32)
+        row = packed.to(tl.int32) + tl.zeros_like(key)
+        zero = tl.zeros_like(key)
+        word, _, _, _ = tl.philox(tl.load(seed), key, row, zero + head, zero)
+        uniform = (word >> 8).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0)
+        return tl.where(uniform >= dropout_p, 1.0 / (1.0 - dropout_p), 0.0)
+    else:
+        return 1.0
+
+
+@triton.jit
+def forward(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    cu_rows,
+    order,
+    kv_lengths,
+    seed,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    sizes,
+    scales,
+    tiles,
+    HAS_ORDER: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Output and log2-sum-exp of a tile of rows; `tiles` programs for each set."""
+    b, tile, h = (
+        (tl.program_id(0) // tiles).to(tl.int64),
+        tl.program_id(0) % tiles,
+        tl.program_id(1),
+    )
+    num_keys, num_rows, head_dim = sizes[0], sizes[1], sizes[2]
+    grouped, packed, rows = _rows(cu_rows, order, b, tile, HAS_ORDER, BLOCK_M)
+    valid_keys = _num_keys(kv_lengths, b, num_keys, HAS_LENGTHS)
+    columns = tl.arange(0, BLOCK_D)
+    if tl.load(cu_rows + b) + tile * BLOCK_M >= tl.load(cu_rows + b + 1):
+        return
+    queries = _load(q, q_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
+
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, valid_keys, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        there = n < valid_keys
+        k_tile = _load(k, k_strides, b, h, n, there, columns, head_dim, EVEN_D)
+        s = tl.dot(queries, tl.trans(k_tile), input_precision=PRECISION) * scales[1]
+        s = tl.where(there[None, :], s, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(s, 1))
+        p = tl.exp2(s - new_peak[:, None])
+        fade = tl.exp2(peak - new_peak)
+        total = total * fade + tl.sum(p, 1)
+        p *= _raise(seed, n[None, :], packed[:, None], h, scales[2], DROPOUT)
+        v_tile = _load(v, v_strides, b, h, n, there, columns, head_dim, EVEN_D)
+        acc = acc * fade[:, None]
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+        peak = new_peak
+    total = tl.where(valid_keys > 0, total, 1.0)
+    acc = acc / total[:, None]
+    _store(out, out_strides, 0, h, packed, rows, columns, head_dim, acc)
+    tl.store(lse + h.to(tl.int64) * num_rows + grouped, peak + tl.log2(total), mask=rows)
+
+
+@triton.jit
+def _score_gradients(
+    k_tile,
+    v_tile,
+    queries,
+    grads,
+    lse,
+    delta,
+    pairs,
+    raised,
+    scales,
+    PRECISION: tl.constexpr,
+):
+    """`(keys, rows)`: the weights that met V, and the gradient of the scores."""
+    s = tl.dot(k_tile, tl.trans(queries), input_precision=PRECISION) * scales[1]
+    p = tl.where(pairs, tl.exp2(tl.where(pairs, s - lse[None, :], 0.0)), 0.0)
+    dp = tl.dot(v_tile, tl.trans(grads), input_precision=PRECISION)
+    ds = p * (dp * raised - delta[None, :]) * scales[0]
+    return (p * raised).to(grads.dtype), ds.to(queries.dtype)
+
+
+@triton.jit
+def backward(
+    grad,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    dq,
+    dk,
+    dv,
+    cu_rows,
+    order,
+    kv_lengths,
+    seed,
+    grad_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    dq_strides,
+    dk_strides,
+    dv_strides,
+    sizes,
+    scales,
+    HAS_ORDER: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """All gradients of one set and head, whose rows fit one tile: everything is read once."""
+    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    num_keys, num_rows, head_dim = sizes[0], sizes[1], sizes[2]
+    grouped, packed, rows = _rows(cu_rows, order, b, 0, HAS_ORDER, BLOCK_M)
+    valid_keys = _num_keys(kv_lengths, b, num_keys, HAS_LENGTHS)
+    valid_keys = tl.where(tl.load(cu_rows + b) < tl.load(cu_rows + b + 1), valid_keys, 0)
+    columns = tl.arange(0, BLOCK_D)
+    queries = _load(q, q_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
+    grads = _load(grad, grad_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
+    outs = _load(out, out_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
+    delta = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), 1)
+    lses = tl.load(lse + h.to(tl.int64) * num_rows + grouped, mask=rows, other=0.0)
+
+    dq_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, valid_keys, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        there = n < valid_keys
+        k_tile = _load(k, k_strides, b, h, n, there, columns, head_dim, EVEN_D)
+        v_tile = _load(v, v_strides, b, h, n, there, columns, head_dim, EVEN_D)
+        pairs = there[:, None] & rows[None, :]
+        raised = _raise(seed, n[:, None], packed[None, :], h, scales[2], DROPOUT)
+        weights, ds = _score_gradients(
+            k_tile, v_tile, queries, grads, lses, delta, pairs, raised, scales, PRECISION
+        )
+        dv_tile = tl.dot(weights, grads, input_precision=PRECISION)
+        _store(dv, dv_strides, b, h, n, n < num_keys, columns, head_dim, dv_tile)
+        dk_tile = tl.dot(ds, queries, input_precision=PRECISION)
+        _store(dk, dk_strides, b, h, n, n < num_keys, columns, head_dim, dk_tile)
+        dq_acc = tl.dot(tl.trans(ds), k_tile, dq_acc, input_precision=PRECISION)
+    _store(dq, dq_strides, 0, h, packed, rows, columns, head_dim, dq_acc)
+    nothing = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in range(tl.cdiv(valid_keys, BLOCK_N) * BLOCK_N, num_keys, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        _store(dk, dk_strides, b, h, n, n < num_keys, columns, head_dim, nothing)
+        _store(dv, dv_strides, b, h, n, n < num_keys, columns, head_dim, nothing)
+
+
+@triton.jit
+def backward_queries(
+    grad,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    delta,
+    dq,
+    cu_rows,
+    order,
+    kv_lengths,
+    seed,
+    grad_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    dq_strides,
+    sizes,
+    scales,
+    tiles,
+    HAS_ORDER: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dQ of a tile of rows, and their `delta = sum(out * grad)` for `backward_keys`."""
+    b, tile, h = (
+        (tl.program_id(0) // tiles).to(tl.int64),
+        tl.program_id(0) % tiles,
+        tl.program_id(1),
+    )
+    num_keys, num_rows, head_dim = sizes[0], sizes[1], sizes[2]
+    grouped, packed, rows = _rows(cu_rows, order, b, tile, HAS_ORDER, BLOCK_M)
+    if tl.load(cu_rows + b) + tile * BLOCK_M >= tl.load(cu_rows + b + 1):
+        return
+    valid_keys = _num_keys(kv_lengths, b, num_keys, HAS_LENGTHS)
+    columns = tl.arange(0, BLOCK_D)
+    queries = _load(q, q_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
+    grads = _load(grad, grad_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
+    outs = _load(out, out_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
+    deltas = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), 1)
+    place = h.to(tl.int64) * num_rows + grouped
+    tl.store(delta + place, deltas, mask=rows)
+    lses = tl.load(lse + place, mask=rows, other=0.0)
+
+    dq_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, valid_keys, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        there = n < valid_keys
+        k_tile = _load(k, k_strides, b, h, n, there, columns, head_dim, EVEN_D)
+        v_tile = _load(v, v_strides, b, h, n, there, columns, head_dim, EVEN_D)
+        pairs = there[:, None] & rows[None, :]
+        raised = _raise(seed, n[:, None], packed[None, :], h, scales[2], DROPOUT)
+        _, ds = _score_gradients(
+            k_tile, v_tile, queries, grads, lses, deltas, pairs, raised, scales, PRECISION
+        )
+        dq_acc = tl.dot(tl.trans(ds), k_tile, dq_acc, input_precision=PRECISION)
+    _store(dq, dq_strides, 0, h, packed, rows, columns, head_dim, dq_acc)
+
+
+@triton.jit
+def backward_keys(
+    grad,
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    dk,
+    dv,
+    cu_rows,
+    order,
+    kv_lengths,
+    seed,
+    grad_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    dk_strides,
+    dv_strides,
+    sizes,
+    scales,
+    HAS_ORDER: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dK and dV of a tile of keys: one sum over all the rows of its set."""
+    num_keys, num_rows, head_dim = sizes[0], sizes[1], sizes[2]
+    key_tiles = tl.cdiv(num_keys, BLOCK_N)
+    b, h = (tl.program_id(0) // key_tiles).to(tl.int64), tl.program_id(1)
+    start = (tl.program_id(0) % key_tiles) * BLOCK_N
+    n = start + tl.arange(0, BLOCK_N)
+    valid_keys = _num_keys(kv_lengths, b, num_keys, HAS_LENGTHS)
+    there = n < valid_keys
+    columns = tl.arange(0, BLOCK_D)
+    k_tile = _load(k, k_strides, b, h, n, there, columns, head_dim, EVEN_D)
+    v_tile = _load(v, v_strides, b, h, n, there, columns, head_dim, EVEN_D)
+    num_tiles = tl.cdiv(tl.load(cu_rows + b + 1) - tl.load(cu_rows + b), BLOCK_M)
+    num_tiles = tl.where(start < valid_keys, num_tiles, 0)
+    lse += h.to(tl.int64) * num_rows
+    delta += h.to(tl.int64) * num_rows
+
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for tile in range(0, num_tiles):
+        grouped, packed, rows = _rows(cu_rows, order, b, tile, HAS_ORDER, BLOCK_M)
+        queries = _load(q, q_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
+        grads = _load(grad, grad_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
+        lses = tl.load(lse + grouped, mask=rows, other=0.0)
+        deltas = tl.load(delta + grouped, mask=rows, other=0.0)
+        pairs = there[:, None] & rows[None, :]
+        raised = _raise(seed, n[:, None], packed[None, :], h, scales[2], DROPOUT)
+        weights, ds = _score_gradients(
+            k_tile, v_tile, queries, grads, lses, deltas, pairs, raised, scales, PRECISION
+        )
+        dv_acc = tl.dot(weights, grads, dv_acc, input_precision=PRECISION)
+        dk_acc = tl.dot(ds, queries, dk_acc, input_precision=PRECISION)
+    _store(dk, dk_strides, b, h, n, n < num_keys, columns, head_dim, dk_acc)
+    _store(dv, dv_strides, b, h, n, n < num_keys, columns, head_dim, dv_acc)
