@@ -60,6 +60,11 @@ class Plan:
     equal: list[tuple[str, str]]  # names of the checkpoint that must hold the same values
     report: LoadReport
 
+    @property
+    def complete(self) -> bool:
+        """The checkpoint fills the whole model; the temperature is in the configuration."""
+        return all(names == ["temp"] for names in self.report.fresh.values())
+
 
 @overload
 def load_model(
@@ -115,8 +120,12 @@ def load_model(
     if task not in TASKS:
         raise ConfigError(f"no task {task!r}; there are {', '.join(TASKS)}")
     options = _options(opened, task, model_options)
-    model = build(task, with_image_size(opened.config, image_size), options)
-    plan = plan_transfer(opened, model, task, allow_fresh=allow_fresh)
+    model_config = with_image_size(opened.config, image_size)
+    with torch.device("meta"):
+        skeleton = build(task, model_config, options)
+    plan = plan_transfer(opened, skeleton, task, allow_fresh=allow_fresh)
+    # Drawing weights that are then overwritten would take longer than all the rest.
+    model = materialise(skeleton) if plan.complete else build(task, model_config, options)
     model = model.to(dtype=dtype or _common_dtype(plan, opened.tensors))
     read_into(plan, opened.tensors, model)
     model = model.to(device=device).eval()
@@ -129,6 +138,31 @@ def build(task: str, config: BlipConfig, options: Mapping[str, Any]) -> Blip:
         return TASKS[task](config, **options)
     except TypeError as error:
         raise ConfigError(f"{TASKS[task].__name__} cannot be built: {error}") from error
+
+
+def materialise(model: Blip) -> Blip:
+    """Gives a model on the meta device memory on the CPU, tied tensors still tied.
+
+    Nothing but the temperature has a value then. Buffers outside the state would never get one, so
+    a model with such a buffer is a CheckpointError.
+    """
+    if hidden := [type(m).__name__ for m in model.modules() if m._non_persistent_buffers_set]:
+        raise CheckpointError(f"cannot materialise the buffers outside the state of {hidden}")
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # the old tensor is kept, so that its id is its own
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    memory: Tensor = torch.empty_like(tensor, device="cpu")
+                    if isinstance(tensor, nn.Parameter):
+                        memory = nn.Parameter(memory, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = (tensor, memory)
+                tensors[name] = made[id(tensor)][1]  # type: ignore[assignment]
+    if hasattr(model, "temp"):
+        nn.init.constant_(model.temp, model.config.temperature)
+    return model
 
 
 def _options(source: Source, task: str, given: Mapping[str, Any]) -> dict[str, Any]:
