@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand and returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(arguments)
+        status = _run(arguments)
+        sys.stdout.flush()  # here, where a reader that went away can still be dealt with
+        return status
     except BlipfastError as error:
         if _debugging():
             raise

@@ -36,6 +36,7 @@ def make_parser(
         epilog=f"examples:\n{examples}" if examples else None,
         formatter_class=_Formatter,
         exit_on_error=False,
+        allow_abbrev=False,  # a misspelt option must not pass for a longer one
     )
     parser.add_argument(
         "--config",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from blipfast.cli._parsing import make_parser, parse
 from blipfast.errors import ConfigError
@@ -61,9 +62,9 @@ def _run(
     )
     batches = _inputs.ImageBatches(paths, model.config.vision.image_size, batch_size)
     for names, pixels in batches:
-        # A seed per image, by its place in the list: batches change nothing.
-        seeds = [seed * 1_000_003 + place[name] for name in names]
-        options = {"seed": seeds} if nucleus else {"num_beams": beams}
+        options: dict[str, Any] = {"num_beams": beams}
+        if nucleus:  # draws go by an image's place among all images, not by batches
+            options = {"seed": seed, "image_ids": [place[name] for name in names]}
         with _inputs.autocast(where, precision):
             captions = caption_images(
                 model, tokenizer, pixels.to(where), prompt=prompt, method=method,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blipfast.cli._parsing import add_dataclass, make_parser, parse_as
-from blipfast.train.config import TrainConfig
+from blipfast.train.config import TrainConfig, packaged_configs
 
 _EXAMPLES = """\
   # the paper's pre-training, on your shards
@@ -23,21 +23,15 @@ _EXAMPLES = """\
   blipfast train --config retrieval_coco --print_config > mine.yaml"""
 
 
-def packaged() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
-    folder = Path(__file__).parents[1] / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
 def main(argv: Sequence[str]) -> int:
     parser = make_parser(
         "train",
-        "Pre-train or fine-tune. Recipes for --config: " + ", ".join(packaged()) + ".",
+        "Pre-train or fine-tune. Recipes for --config: " + ", ".join(packaged_configs()) + ".",
         _EXAMPLES,
         usage="blipfast train [--config RECIPE_OR_FILE] [--GROUP.OPTION VALUE ...]",
     )
     add_dataclass(parser, TrainConfig)
-    config = parse_as(TrainConfig, parser, argv, packaged())
+    config = parse_as(TrainConfig, parser, argv, packaged_configs())
     # After the arguments: their errors and help should not wait for torch.
     from blipfast.train.recipes import run_training
 

@@ -20,6 +20,7 @@ _LAZY = {
     "Recipe": "blipfast.train.recipes",
     "ShardBatches": "blipfast.train.batches",
     "count_samples": "blipfast.train.batches",
+    "packaged_configs": "blipfast.train.config",
     "fit": "blipfast.train.engine",
     "run_training": "blipfast.train.recipes",
 }

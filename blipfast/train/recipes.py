@@ -1,6 +1,6 @@
 """One recipe per task: which model, what a step is, and the whole run from a `TrainConfig`.
 
-The published settings lie in `blipfast/configs/*.yaml`; `packaged_config` finds them by name.
+The published settings lie in `blipfast/configs/*.yaml` (`config.packaged_configs`).
 """
 
 from __future__ import annotations
@@ -130,12 +130,6 @@ RECIPES: dict[str, Recipe] = {
     "vqa": Recipe("vqa", _picked("label_smoothing"), _vqa_step),
     "nlvr": Recipe("nlvr", _picked(), _nlvr_step),
 }
-
-
-def packaged_configs() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
-    folder = Path(__file__).parents[1] / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def run_training(config: TrainConfig, progress: Progress | None = None) -> History:
