@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +33,7 @@ def test_help_of_every_command_has_examples(command, capsys):
     assert "<class" not in out
 
 
-def test_help_does_not_wait_for_torch(run):
+def test_help_does_not_wait_for_torch():
     script = (
         "import sys, blipfast.cli\n"
         "blipfast.cli.main(['--help'])\n"
@@ -105,3 +106,14 @@ def test_ctrl_c_is_130(monkeypatch, run):
 
     monkeypatch.setattr(info, "main", interrupted)
     assert run("info")[0] == 130
+
+
+@pytest.mark.parametrize("script", ["pretrain", "caption", "retrieval", "vqa", "nlvr"])
+def test_scripts_are_their_recipes(script):
+    name = script if script == "pretrain" else f"finetune_{script}"
+    path = Path(__file__).parents[2] / "scripts" / f"{name}.py"
+    command = [sys.executable, str(path), "--fit.seed", "9", "--print_config"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"task: {script}\n" in done.stdout
+    assert "seed: 9\n" in done.stdout

@@ -84,7 +84,7 @@ def test_sigint_leaves_whole_files_and_a_run_to_resume(tmp_path):
     assert blipfast.load_model(tmp_path / "run" / "model") is not None
 
 
-def test_output_closed_early_is_no_crash(run):
+def test_output_closed_early_is_no_crash():
     command = f"{sys.executable} -m blipfast.cli info --json | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stderr == ""
