@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from blipfast.demo.samples import Samples, SceneBatches
 from blipfast.demo.scenes import vocabulary_texts
 from blipfast.demo.settings import DemoSettings
 from blipfast.errors import DataError
+from blipfast.models.blip import PackedText
 from blipfast.models.config import BlipConfig, TextConfig, VisionConfig, blip_config
+from blipfast.objectives.itc import clamp_temperature_
+from blipfast.ops.contrastive import contrastive_softmax
 from blipfast.tasks.caption import BlipForCaptioning
 from blipfast.tasks.pretrain import BlipForPretraining
 from blipfast.tasks.retrieval import BlipForRetrieval
@@ -74,11 +78,14 @@ def demo_config(settings: DemoSettings, tokenizer: BlipTokenizer) -> BlipConfig:
 
 
 def new_model(
-    settings: DemoSettings, tokenizer: BlipTokenizer, rows: torch.Tensor
+    settings: DemoSettings,
+    tokenizer: BlipTokenizer,
+    rows: torch.Tensor,
+    backbone: Mapping[str, torch.Tensor] | None = None,
 ) -> BlipForPretraining:
-    """A model to pre-train: ViT from scratch, text side from MiniLM's first layers.
+    """A model to pre-train: the given image encoder, text side from MiniLM's first layers.
 
-    The seed decides its weights, so that the models to be compared start equal.
+    The seed decides its other weights, so that the models to be compared start equal.
     """
     torch.manual_seed(settings.seed)
     model = BlipForPretraining(
@@ -86,6 +93,8 @@ def new_model(
         queue_size=settings.queue_size,
         momentum=settings.momentum,
     )
+    if backbone is not None:
+        model.visual_encoder.load_state_dict(backbone)
     init_text_from_bert(model, _first_layers(settings.text_layers), rows=rows)
     return model
 
@@ -99,6 +108,48 @@ def _first_layers(count: int) -> dict[str, torch.Tensor]:
         for name, tensor in weights.items()
         if (found := layer.search(name)) is None or int(found[1]) < count
     }
+
+
+def align(
+    model: BlipForPretraining,
+    samples: Samples,
+    tokenizer: BlipTokenizer,
+    settings: DemoSettings,
+    title: str,
+    progress: Any = None,
+) -> History:
+    """Brings both encoders into one space: in-batch contrast with gradients to both sides.
+
+    Momentum features and a queue teach little while the encoders still change from step to step;
+    the paper's encoders come from ImageNet and BERT. The twin then starts from what was learnt.
+    """
+    batches = SceneBatches(samples, tokenizer, settings.batch_size, settings.seed + 1)
+
+    def step_fn(module: Any, batch: dict, step: int, epoch: float) -> AlignOutput:
+        clamp_temperature_(module.temp)
+        text = PackedText.from_padded(batch["input_ids"], batch["attention_mask"])
+        image_feat = module.image_features(module.encode_image(batch["pixel_values"]))
+        text_feat = module.text_features(text)
+        both = (
+            contrastive_softmax(image_feat, text_feat, module.temp),
+            contrastive_softmax(text_feat, image_feat, module.temp),
+        )
+        return AlignOutput(torch.cat(both).mean())
+
+    config = _fit_config(settings, settings.align_steps, settings.learning_rate)
+    history = _fit(model, batches, step_fn, config, title, progress)
+    model.twin.copy_from(model)
+    return history
+
+
+@dataclass
+class AlignOutput:
+    """The contrastive loss of both directions (scalar)."""
+
+    loss: torch.Tensor
+
+    def losses(self) -> dict[str, torch.Tensor]:
+        return {"itc": self.loss}
 
 
 def pretrain(

@@ -24,7 +24,10 @@ from blipfast.capfilt import CapFiltConfig, CapFiltReport, Decision, read_manife
 from blipfast.capfilt.decisions import write_lines
 from blipfast.checkpoints import save_model
 from blipfast.data import BlipTokenizer, ShardWriter, read_shards
+from blipfast.demo.backbone import train_backbone
 from blipfast.demo.learning import (
+    align,
+    demo_config,
     demo_tokenizer,
     finetune_captioner,
     finetune_filter,
@@ -44,6 +47,7 @@ from blipfast.demo.samples import Samples
 from blipfast.demo.scenes import DemoData, build_demo_data
 from blipfast.demo.settings import DemoSettings
 from blipfast.errors import DataError
+from blipfast.models.vit import VisionTransformer
 from blipfast.train.history import History
 
 
@@ -51,6 +55,7 @@ from blipfast.train.history import History
 class Side:
     """One of the two models that are compared: "noisy" or "bootstrapped"."""
 
+    alignment: History
     pretraining: History
     captioning: History
     retrieval: RetrievalResult
@@ -66,6 +71,7 @@ class DemoResult:
     data: DemoData
     noisy: Side
     bootstrapped: Side
+    naming: History
     filtering: History
     filter: FilterResult
     capfilt: CapFiltReport
@@ -122,6 +128,7 @@ class _Job:
         self.seconds: dict[str, float] = {}
         self.tokenizer: BlipTokenizer
         self.data: DemoData
+        self.backbone: dict[str, torch.Tensor]
 
     def run(self) -> DemoResult:
         settings = self.settings
@@ -130,6 +137,11 @@ class _Job:
             self.data = self._draw()
             self.tokenizer, self.rows = demo_tokenizer()
             clean = Samples.from_demo(self.data.clean)
+        with self._stage("teach the image encoder to name things"):
+            torch.manual_seed(settings.seed)
+            encoder = VisionTransformer(demo_config(settings, self.tokenizer).vision)
+            naming = train_backbone(encoder, settings, "image encoder: naming")
+            self.backbone = encoder.state_dict()
         noisy = self._side("noisy", Samples.from_demo(self.data.web) + clean, clean)
         with self._stage("fine-tune the filter"):
             judge, filtering = finetune_filter(
@@ -145,7 +157,7 @@ class _Job:
             raise DataError("the filter rejected every text; train longer (--minutes)")
         bootstrapped = self._side("bootstrapped", Samples.from_records(records) + clean, clean)
         result = DemoResult(
-            settings, self.data, noisy, bootstrapped, filtering, judged, report, decisions,
+            settings, self.data, noisy, bootstrapped, naming, filtering, judged, report, decisions,
             self.seconds, _machine(), self.parameters,
         )  # fmt: skip
         self._write(result)
@@ -177,8 +189,9 @@ class _Job:
         """Pre-trains one of the two models from the same start, and measures it."""
         s = self.settings
         with self._stage(f"pre-train on the {name} set"):
-            model = new_model(s, self.tokenizer, self.rows)
+            model = new_model(s, self.tokenizer, self.rows, self.backbone)
             self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            aligned = align(model, samples, self.tokenizer, s, f"align, {name} texts")
             learnt = pretrain(model, samples, self.tokenizer, s, f"pre-train, {name} texts")
             save_model(model.eval(), self.out / name, overwrite=True)
         with self._stage(f"fine-tune a captioner ({name})"):
@@ -195,7 +208,7 @@ class _Job:
             f"{found.itm.tr_r5:.1f}/{found.itm.ir_r5:.1f} (chance {found.chance(5):.1f}), "
             f"CIDEr {spoken.cider:.2f}"
         )
-        return Side(learnt, tuned, found, spoken, len(samples))
+        return Side(aligned, learnt, tuned, found, spoken, len(samples))
 
     def _capfilt(self) -> CapFiltReport:
         s = self.settings

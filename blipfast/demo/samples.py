@@ -27,14 +27,14 @@ class Samples:
 
     @classmethod
     def from_demo(cls, records: Sequence[DemoRecord]) -> Samples:
-        pixels = _decode([r.image for r in records], [r.key for r in records])
+        pixels = decode([r.image for r in records], [r.key for r in records])
         keys = tuple(r.key for r in records)
         return cls(pixels, tuple(range(len(records))), tuple(r.caption for r in records), keys)
 
     @classmethod
     def from_records(cls, records: Sequence[Record]) -> Samples:
         """One sample for each text of each record."""
-        pixels = _decode([r.image for r in records], [r.key for r in records])
+        pixels = decode([r.image for r in records], [r.key for r in records])
         pairs = [(i, t.text) for i, r in enumerate(records) for t in r.texts]
         images = tuple(i for i, _ in pairs)
         return cls(
@@ -54,7 +54,8 @@ class Samples:
         )
 
 
-def _decode(images: Sequence[bytes], keys: Sequence[str]) -> Tensor:
+def decode(images: Sequence[bytes], keys: Sequence[str]) -> Tensor:
+    """Encoded pictures of one size to `(N, 3, H, W)` uint8; an error names the key."""
     arrays = [np.array(load_image(data, key)) for data, key in zip(images, keys, strict=True)]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
@@ -100,7 +101,7 @@ class SceneBatches:
         mask = self.text.attention_mask[rows]
         length = int(mask.sum(1).max())
         return {
-            "pixel_values": normalise(_jitter(self.samples.pixels[images], generator)),
+            "pixel_values": normalise(jitter(self.samples.pixels[images], generator)),
             "input_ids": self.text.input_ids[rows, :length],
             "attention_mask": mask[:, :length],
             "image_ids": images,
@@ -108,7 +109,7 @@ class SceneBatches:
         }
 
 
-def _jitter(pixels: Tensor, generator: torch.Generator) -> Tensor:
+def jitter(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Shifts each picture by a few pixels and varies its colours a little."""
     size = pixels.shape[-1]
     padded = F.pad(pixels.float(), (_SHIFT,) * 4, mode="replicate")

