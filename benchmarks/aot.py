@@ -95,11 +95,12 @@ def _specialize(value: Any, name: str, path: tuple[int, ...], kernel: Any, launc
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def record(label: str, run: Callable[[], Any]) -> list[Launch]:
+def record(label: str, run: Callable[[], Any], keys: int | None = None) -> list[Launch]:
     """The launches that `run` would make."""
     launches: list[Launch] = []
 
     def note(kernel: Any, grid: Any, args: Sequence[Any], meta: dict[str, Any]) -> None:
+        meta = meta if keys is None else {**meta, "BLOCK_N": keys}
         options = {k: meta[k] for k in _OPTIONS if k in meta}
         launch = Launch(kernel, label, {}, {}, {}, options)
         values = [*args, *(meta[name] for name in kernel.arg_names[len(args) :])]
@@ -234,17 +235,19 @@ def _occupancy(arch: str, registers: int, shared: int, options: dict[str, int]) 
     return min(by_registers, by_shared, _THREADS // threads) * threads / _THREADS
 
 
-def compile_all(archs: Sequence[str], quick: bool, only: str = "") -> list[Row]:
+def compile_all(
+    archs: Sequence[str], quick: bool, only: str = "", keys: int | None = None
+) -> list[Row]:
     """Every distinct kernel and configuration, once for each architecture."""
     rows = []
     for arch in archs:
-        _runtime.hip = arch.startswith("gfx")
+        _runtime.forced_target = "hip" if arch.startswith("gfx") else int(arch)
         seen = set()
         for cases in CASES:
             for label, run in cases(quick):
                 if only not in label:
                     continue
-                for launch in record(label, run):
+                for launch in record(label, run, keys):
                     constants = tuple(sorted(launch.constants.items(), key=str))
                     types = str((launch.signature, launch.attributes, constants, launch.options))
                     if (launch.kernel.__name__, types) not in seen:
@@ -283,8 +286,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few configurations only")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--json", metavar="FILE", help="write rows here ('-': standard output)")
+    parser.add_argument("--keys", type=int, help="BLOCK_N of every kernel, to see what it does")
     args = parser.parse_args()
-    rows = compile_all(args.arch, args.quick, args.only)
+    rows = compile_all(args.arch, args.quick, args.only, args.keys)
     records = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
     if args.json == "-":
         print(records)

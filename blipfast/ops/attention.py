@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipfast.errors import ShapeError
+from blipfast.ops import _triton
 from blipfast.ops._dispatch import Backends
 from blipfast.ops.packing import Packing, gather_rows, scatter_rows
 
@@ -179,6 +180,33 @@ def cross_attention(
     return cross_backends(q, impl)(q, k, v, plan, dropout_p)
 
 
+def _cross_triton(q: Tensor, k: Tensor, v: Tensor, plan: CrossPlan, dropout_p: float) -> Tensor:
+    """Rows that share a set share a tile; dropout draws its seed from the device's generator."""
+    from blipfast.kernels.cross_attention import cross_attention as kernel
+
+    seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None
+    rows = plan.grouped
+    out: Tensor = kernel(
+        *(q, k, v, rows.cu_seqlens, rows.max_seqlen),
+        order=plan.order,
+        kv_lengths=plan.kv_lengths,
+        dropout_p=dropout_p,
+        seed=seed,
+    )
+    return out
+
+
+def _not_triton(why_not: Callable[[Tensor], str | None]) -> Callable[[Tensor], str | None]:
+    def reason(q: Tensor) -> str | None:
+        if q.dim() == 3 and q.shape[2] > 128:
+            return f"the kernel takes heads of up to 128 dimensions, not {q.shape[2]}"
+        return why_not(q)
+
+    return reason
+
+
+cross_backends.register("triton", _not_triton(_triton.why_not))(_cross_triton)
+
 # Padding each set's rows to the longest wastes work when a few sets are far more looked at.
 _MAX_PADDING = 3.0
 
@@ -229,3 +257,9 @@ def cross_attention_reference(
         probs = F.dropout(scores.softmax(-1), dropout_p)
         outputs.append(torch.einsum("hqk,hkd->qhd", probs, v[i]))
     return torch.cat(outputs)
+
+
+# The same kernel on a CPU, for tests; last, so that `auto` never takes it.
+cross_backends.register("triton_interpreter", _not_triton(_triton.why_not_interpreter))(
+    _cross_triton
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor
 
 # (kernel, grid, positional arguments, constexprs and options); see `launch`.
 Recorder = Callable[[Any, tuple[int, ...], Sequence[Any], dict[str, Any]], None]
-hip = torch.version.hip is not None
-recorder: Recorder | None = None  # set by benchmarks/aot.py, which compiles instead of running
+# Set by benchmarks/aot.py, which compiles for other cards than the one here instead of running.
+recorder: Recorder | None = None
+forced_target: int | str | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], **meta: Any) -> None:
@@ -29,12 +31,27 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def dot_precision(dtype: torch.dtype) -> str:
+@functools.cache
+def _target(device: torch.device) -> int | str:
+    if torch.version.hip is not None:
+        return "hip"
+    if device.type != "cuda":
+        return 90  # the interpreter does not care
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def target(tensor: Tensor) -> int | str:
+    """What the kernels for `tensor` are compiled for: 80, 90, 100 … or "hip"."""
+    return _target(tensor.device) if forced_target is None else forced_target
+
+
+def dot_precision(tensor: Tensor) -> str:
     """Float32 products in full unless the user allowed TF32, as PyTorch's own matmuls do.
 
     On CUDA "in full" is three TF32 products on the tensor cores, which leave an error of about
     2^-22: plain multiply-adds of this size run out of registers.
     """
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        return "ieee" if hip else "tf32x3"
-    return "tf32" if dtype == torch.float32 and not hip else "ieee"
+    if tensor.dtype != torch.float32 or target(tensor) == "hip":
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from blipfast.kernels import _cross_attention_kernels as kernels
-from blipfast.kernels._runtime import dot_precision, launch, next_power_of_2
+from blipfast.kernels._runtime import dot_precision, launch, next_power_of_2, target
 from torch import Tensor
 
 MAX_HEAD_DIM = 128
@@ -175,10 +175,12 @@ def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
 
 
 def row_tiles(max_rows: int, q: Tensor, backward: bool = False) -> tuple[int, int]:
-    """Rows of a tile, and how many tiles the set with the most rows takes."""
-    largest = 64
-    if q.dtype == torch.float32:  # its tiles fill the registers sooner
+    """Rows of a tile (as many as spill no registers), and tiles of the set with the most rows."""
+    largest, card = 64, target(q)
+    if q.dtype == torch.float32:
         largest = 32 if not backward or 32 < q.shape[2] <= 64 else 16
+    elif backward and (q.shape[2] > 64 if card == "hip" else int(card) < 90):
+        largest = 32
     block_m = min(max(16, next_power_of_2(max_rows)), largest)
     return block_m, max(1, -(-max_rows // block_m))
 
@@ -205,21 +207,26 @@ def _meta(
         "EVEN_D": block_d == q.shape[2],
         "BLOCK_M": block_m,
         "BLOCK_D": block_d,
-        "PRECISION": dot_precision(q.dtype),
-        **_configuration(q.dtype, block_m, block_d, backward, dropout_p > 0),
+        "PRECISION": dot_precision(q),
+        **_configuration(q, block_m, block_d, backward, dropout_p > 0),
     }
 
 
 def _configuration(
-    dtype: torch.dtype, block_m: int, block_d: int, backward: bool, dropout: bool
+    q: Tensor, block_m: int, block_d: int, backward: bool, dropout: bool
 ) -> dict[str, int]:
     """Keys of a tile, warps and pipeline stages: the largest that spill no registers."""
     wide = block_d > 64
-    if dtype == torch.float32:
-        if backward:
-            return {"BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
-        return {"BLOCK_N": 32, "num_warps": 8 if wide else 4, "num_stages": 2}
-    if backward:
+    if q.dtype == torch.float32 and backward:
+        chosen = {"BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
+    elif q.dtype == torch.float32:
+        chosen = {"BLOCK_N": 32, "num_warps": 8 if wide else 4, "num_stages": 2}
+    elif backward:
         eight = wide or (dropout and block_m == 64)
-        return {"BLOCK_N": 32, "num_warps": 8 if eight else 4, "num_stages": 2}
-    return {"BLOCK_N": 64, "num_warps": 8 if wide and block_m == 64 else 4, "num_stages": 2}
+        chosen = {"BLOCK_N": 32, "num_warps": 8 if eight else 4, "num_stages": 2}
+    else:
+        eight = wide and block_m == 64
+        chosen = {"BLOCK_N": 64, "num_warps": 8 if eight else 4, "num_stages": 2}
+    if target(q) == "hip":
+        chosen["num_warps"] = 4  # of 64 threads
+    return chosen
