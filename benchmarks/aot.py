@@ -124,6 +124,10 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+
+
 def _cross_attention_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     from blipfast.kernels.cross_attention import run_backward, run_forward
 
@@ -141,8 +145,7 @@ def _cross_attention_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]
                 index += [_empty(1, dtype=torch.int64) if dropout else None, max_rows]
                 index += [0.1 if dropout else 0.0]
                 lse = _empty(12, len(q), dtype=torch.float32)
-                name = str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
-                case = f"cross_attention {name} d={dim} rows={max_rows}"
+                case = f"cross_attention {_short(dtype)} d={dim} rows={max_rows}"
                 case += " dropout" * bool(dropout)
 
                 def run(q: Any = q, k: Any = k, lse: Any = lse, index: Any = index) -> None:
@@ -152,7 +155,22 @@ def _cross_attention_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]
                 yield case, run
 
 
-CASES = [_cross_attention_cases]
+def _hard_negative_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    from blipfast.kernels.hard_negatives import run_sample
+
+    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
+        for ids in (True,) if quick else (False, True):
+            q, k = _empty(90, 256, dtype=dtype), _empty(720, 256, dtype=dtype)
+            query_ids, key_ids = (_empty(n, dtype=torch.int64) if ids else None for n in (90, 720))
+            numbers = (1e-4, 0, 2**40, 5, 1, 0, 0, 1)
+
+            def run(arguments: Any = (q, k, _empty(), query_ids, key_ids, *numbers)) -> None:
+                run_sample(*arguments)
+
+            yield f"hard_negatives {_short(dtype)}" + " ids" * ids, run
+
+
+CASES = [_cross_attention_cases, _hard_negative_cases]
 
 
 def compile_launch(launch: Launch, arch: str) -> Row:

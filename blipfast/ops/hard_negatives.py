@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from blipfast.errors import ShapeError
+from blipfast.ops import _triton
 from blipfast.ops._dispatch import Backends
 
 _WORD = 0xFFFFFFFF
@@ -130,6 +131,24 @@ def hard_negative_weights(
         return weights.masked_fill_(excluded, 0.0)
 
 
+def _triton_backend(
+    query: Tensor,
+    keys: Tensor,
+    temperature: Tensor,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    *options: float,
+) -> Tensor:
+
+    drawn: Tensor = torch.ops.blipfast.triton_sample_hard_negatives(
+        query, keys, temperature, query_ids, key_ids, *options
+    )
+    return drawn
+
+
+backends.register("triton", _triton.why_not)(_triton_backend)
+
+
 @backends.register("torch")
 def _torch_backend(
     query: Tensor,
@@ -169,6 +188,9 @@ def sample_hard_negatives_reference(
     columns = torch.arange(len(keys), device=query.device) + first_column
     u = uniform(rows, columns, seed=seed, step=step, stream=stream)
     return _best(weights.log() - (-u.log()).log(), num)
+
+
+backends.register("triton_interpreter", _triton.why_not_interpreter)(_triton_backend)
 
 
 @torch.library.custom_op(
