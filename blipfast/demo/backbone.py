@@ -1,8 +1,8 @@
 """What stands in for ImageNet: an image encoder that has learnt to name the things in a picture.
 
 The paper starts from a ViT trained on ImageNet, and no such weights come as a package. So a ViT
-from scratch first learns, with one label per concept, which things are in pictures of their own;
-no caption, layout or colour is told. Both models of the main job start from the same one.
+from scratch first learns to classify pictures of its own, of one kind of thing each, as ImageNet's
+are: no caption, no colour, no two things together. Both models of the main job start from it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _BATCH = 96
 
 @dataclass
 class NamingOutput:
-    """Binary cross-entropy over the concepts (scalar)."""
+    """Cross-entropy over the concepts (scalar)."""
 
     loss: Tensor
 
@@ -49,25 +49,25 @@ class Naming(nn.Module):
         self.head = nn.Linear(visual_encoder.config.hidden_size, num_concepts)
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> NamingOutput:
-        """pixel_values: `(B, 3, size, size)`. labels: `(B, num_concepts)`, 1 for what is there."""
+        """pixel_values: `(B, 3, size, size)`. labels: `(B,)` int64, the thing that is there."""
         logits = self.head(self.visual_encoder(pixel_values)[:, 0])
-        return NamingOutput(F.binary_cross_entropy_with_logits(logits.float(), labels))
+        return NamingOutput(F.cross_entropy(logits.float(), labels))
 
 
 class _Pictures:
-    """Endless batches of pictures of one to three different things, and which they are."""
+    """Batches of pictures of a thing, once to three times, and which it is."""
 
     def __init__(self, settings: DemoSettings, count: int) -> None:
         rng = np.random.default_rng(settings.seed + 10_000)
         names = list(CONCEPTS)[: settings.num_concepts]
-        self.labels = torch.zeros(count, len(names))
+        self.num_concepts = len(names)
+        self.labels = torch.from_numpy(rng.integers(len(names), size=count))
         images = []
         for i in range(count):
-            things = rng.choice(len(names), size=rng.integers(1, 4), replace=False)
-            self.labels[i, things] = 1
-            layout: Layout = "above" if len(things) == 2 and rng.random() < 0.5 else "beside"
+            times = int(rng.integers(1, 4))
+            layout: Layout = "above" if times == 2 and rng.random() < 0.5 else "beside"
             background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
-            scene = Scene(tuple(names[j] for j in things), layout, background)
+            scene = Scene((names[int(self.labels[i])],) * times, layout, background)
             images.append(render(scene, _ARTISTS[i % 2], settings.image_size, rng))
         self.pixels = decode(images, [f"picture {i}" for i in range(count)])
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -84,7 +84,7 @@ def train_backbone(
 ) -> History:
     """Trains `visual_encoder` in place for `settings.backbone_steps` steps."""
     pictures = _Pictures(settings, settings.num_web)
-    model = Naming(visual_encoder, pictures.labels.shape[1])
+    model = Naming(visual_encoder, pictures.num_concepts)
 
     def step_fn(module: Any, batch: dict, step: int, epoch: float) -> NamingOutput:
         return module(batch["pixel_values"], batch["labels"])

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blipfast.errors import ShapeError
 from blipfast.models.config import VisionConfig
+from blipfast.ops.attention import dense_attention
 
 
 class Attention(nn.Module):
@@ -27,7 +28,7 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, S, head_dim) each
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = dense_attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
 
 
