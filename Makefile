@@ -19,9 +19,9 @@ STAMP := $(VENV)/.blipfast-installed
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt \
            $(wildcard kernels/*.py kernels/csrc/*)
 
-.PHONY: help venv demo test test-slow check format bench bench-gpu native clean
+.PHONY: help venv demo test test-slow check format bench native clean
 help:
-	@echo 'make demo | test | test-slow | check | format | bench | bench-gpu | native | clean'
+	@echo 'make demo | test | test-slow | check | format | bench | native | clean'
 
 venv: $(STAMP)
 
@@ -59,9 +59,6 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
-
-bench-gpu: $(STAMP)
-	$(BIN)/python -m benchmarks --gpu $(BENCH_ARGS)
 
 native: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build -DPython_EXECUTABLE=$(abspath $(BIN)/python)
