@@ -34,6 +34,7 @@ from blipfast.train.progress import training_progress
 from blipfast.train.schedule import learning_rate_at
 
 Batch = dict[str, Any]
+_REDRAW_SECONDS = 0.1
 # What a resumed run may change: its length, and how it reports.
 _MAY_CHANGE = frozenset(
     {"steps", "epochs", "log_every", "checkpoint_every", "on_nonfinite", "max_skips", "compile"}
@@ -88,7 +89,8 @@ def fit(
     run = _Run(model, step_fn, config, title, checkpoint_dir)
     run.start(resume)
     own = progress is None
-    bar = training_progress() if progress is None else progress
+    # Ctrl-C may cut into any line: a drawing thread could then be left waiting for a lock.
+    bar = training_progress(auto_refresh=False) if progress is None else progress
     with bar if own else contextlib.nullcontext(), _interruption() as asked_to_stop:
         task = bar.add_task(title, total=config.total_steps, completed=run.step)
         stream = _stream(batches, run.step, run.position, title) if run.left else iter(())
@@ -132,7 +134,7 @@ class _Run:
         self.history = History(title)
         self.step, self.skips_in_a_row = 0, 0
         self.position: Any = None
-        self.clock = time.perf_counter()
+        self.clock = self.drawn = time.perf_counter()
 
     @property
     def left(self) -> int:
@@ -222,6 +224,9 @@ class _Run:
             losses += f"  left out {len(history.skipped)}"
         rate = f"{history.samples_per_second:.1f} samples/s"
         bar.update(task, completed=self.step, losses=losses, rate=rate)
+        if not bar.live.auto_refresh and time.perf_counter() - self.drawn > _REDRAW_SECONDS:
+            bar.refresh()
+            self.drawn = time.perf_counter()
         due = self.step % self.config.log_every == 0 or self.step == self.total
         if due and not bar.console.is_terminal:
             lr = (history.lr or [0.0])[-1]

@@ -26,8 +26,11 @@ class _Field(ProgressColumn):
         return Text(str(task.fields.get(self.name, "")), style=self.style)
 
 
-def training_progress(console: Console | None = None) -> Progress:
-    """A bar whose tasks may have the fields `losses` and `rate`; it draws on stderr."""
+def training_progress(console: Console | None = None, *, auto_refresh: bool = True) -> Progress:
+    """A bar whose tasks may have the fields `losses` and `rate`; it draws on stderr.
+
+    auto_refresh: draw from a thread; otherwise only when `refresh` is called.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -36,4 +39,5 @@ def training_progress(console: Console | None = None) -> Progress:
         _Field("rate", "green"),
         TimeRemainingColumn(),
         console=console or Console(stderr=True),
+        auto_refresh=auto_refresh,
     )

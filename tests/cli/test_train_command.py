@@ -72,7 +72,7 @@ def test_sigint_leaves_whole_files_and_a_run_to_resume(tmp_path):
         if "step 3/" in line:
             break
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert "stopped by Ctrl-C" in err
     assert "Traceback" not in err
