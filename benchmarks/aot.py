@@ -164,7 +164,9 @@ def _hard_negative_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]
             query_ids, key_ids = (_empty(n, dtype=torch.int64) if ids else None for n in (90, 720))
             numbers = (1e-4, 0, 2**40, 5, 1, 0, 0, 1)
 
-            def run(arguments: Any = (q, k, _empty(), query_ids, key_ids, *numbers)) -> None:
+            inputs = (q, k, _empty(), query_ids, key_ids, *numbers)
+
+            def run(arguments: Any = inputs) -> None:
                 run_sample(*arguments)
 
             yield f"hard_negatives {_short(dtype)}" + " ids" * ids, run
