@@ -19,7 +19,8 @@ class DemoSettings:
     contrastive loss alone; pretrain_steps: of all three objectives; filter_steps, caption_steps:
     fine-tuning.
     noise: share of web texts that are wrong; hard_share: of those, the share with one wrong detail.
-    prompt: of captioners. threshold: of the filter.
+    prompt: of captioners. threshold: of the filter; a third of
+    the pairs that ITM learns from match, so a third is what it says of a pair it knows nothing of.
     """
 
     out: str = "outputs/demo"
@@ -28,7 +29,7 @@ class DemoSettings:
     scale: float = 1.0
     num_concepts: int = 24
     num_web: int = 6_000
-    num_clean: int = 800
+    num_clean: int = 1_200
     num_val: int = 400
     num_test: int = 250
     noise: float = 0.4
@@ -43,15 +44,15 @@ class DemoSettings:
     backbone_steps: int = 400
     align_steps: int = 250
     pretrain_steps: int = 300
-    filter_steps: int = 150
+    filter_steps: int = 250
     caption_steps: int = 150
     backbone_rate: float = 2e-3
     learning_rate: float = 1e-3
-    finetune_rate: float = 3e-4
+    finetune_rate: float = 6e-4
     queue_size: int = 512
     momentum: float = 0.99
     alpha: float = 0.4
-    threshold: float = 0.5
+    threshold: float = 1 / 3
     prompt: str = "a picture of "
     top_k_rerank: int = 32
     precision: str = "bf16"

@@ -1,0 +1,104 @@
+"""The suite's own parts: the baseline computes the same, the page tells what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from benchmarks import original, workloads
+from benchmarks.__main__ import digest, merged, slug
+from benchmarks.bench_vqa_rank import answer_texts
+from benchmarks.flops import count_flops
+from benchmarks.report import Row, write_page
+from blipfast.models.config import blip_config
+from blipfast.tasks.pretrain import BlipForPretraining
+
+
+def small_model() -> BlipForPretraining:
+    return BlipForPretraining(blip_config("blip_tiny"), queue_size=24)
+
+
+def test_the_baseline_gives_the_same_losses_and_gradients() -> None:
+    model = small_model().double().eval()
+    batch = (workloads.images(4, 32).double(), *workloads.captions(4, vocab_size=1_001))
+    batch[1].clamp_(max=449)
+    ours = model(*batch, alpha=0.4, step=3)
+    gradients = []
+    theirs = original.pretrain_losses(
+        model, *batch, alpha=0.4, negatives=ours.negatives, update_state=False
+    )
+    for loss in (ours.loss, sum(theirs)):
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        gradients.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
+    for found, expected in zip(ours.losses().values(), theirs, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_baseline_moves_twin_and_queue_alike() -> None:
+    torch.manual_seed(0)
+    models = [small_model() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        with torch.no_grad():
+            model.itm_head.bias.add_(1)
+            for parameter in model.vision_proj.parameters():
+                parameter.add_(0.1)
+    batch = (workloads.images(4, 32), *workloads.captions(4))
+    batch[1].clamp_(max=449)
+    models[0].train()(*batch, alpha=0.0, step=0)
+    original.pretrain_losses(models[1].train(), *batch, alpha=0.0)
+    for name, value in models[0].state_dict().items():
+        if name.startswith(("twin.", "queue.")):
+            torch.testing.assert_close(value, models[1].state_dict()[name], atol=1e-5, rtol=1e-5)
+
+
+def test_workloads_are_as_natural_as_they_say() -> None:
+    lengths = workloads.caption_lengths(2_000)
+    assert 13 < sum(lengths) / 2_000 < 14
+    assert 9 <= min(lengths) <= max(lengths) <= 30
+    ids, mask = workloads.captions(8)
+    assert (ids[:, 0] == 101).all()
+    assert (ids.gather(1, mask.sum(1, keepdim=True) - 1) == 102).all()
+    assert not ids[mask == 0].any()
+    ids, mask = answer_texts()
+    assert ids.shape == (3_128, 8)
+    assert mask.sum(1).min() == 3
+
+
+def test_flops_count_attention_on_the_cpu() -> None:
+    q = torch.randn(1, 2, 16, 8, requires_grad=True)
+
+    def run() -> None:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+
+    forward = 2 * 2 * 2 * 16 * 16 * 8
+    assert count_flops(run) == forward + forward * 5 // 2
+
+
+def entry(group: str, code: str, median: float) -> dict:
+    stats = {"median": median, "min": median, "max": median, "rounds": 3}
+    return {"group": group, "extra_info": {"code": code, "pairs": 64}, "stats": stats}
+
+
+def test_page_and_json(tmp_path: Path) -> None:
+    raw = {
+        "datetime": "2030-01-02T03:04:05",
+        "machine_info": {"cpu": {"brand_raw": "A CPU"}},
+        "benchmarks": [entry("work", "blipfast", 0.5), entry("work", "transformers", 2.0)],
+    }
+    results = json.loads(json.dumps(digest(raw)))
+    page = write_page(results, tmp_path / slug("A CPU")).read_text()
+    assert "| work | transformers | 2.000 | 2.000 to 2.000 | 4.00 | pairs 64 |" in page
+    assert "A CPU" in page
+    assert torch.__version__ in page
+    assert (tmp_path / "a-cpu.svg").read_text().count("4.0x") == 1
+    newer = Row("work", "blipfast", 0.4, 0.4, 0.4, 3).to_dict()
+    assert merged(results["rows"], [newer]) == [newer]
