@@ -81,6 +81,26 @@ def key_range(keys: Sequence[Tensor], start: int, size: int) -> Tensor:
     return torch.cat(pieces) if pieces else keys[0].detach()[:0]
 
 
+def key_weights(
+    grad: Tensor,
+    with_teacher: bool,
+    alpha: Tensor,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's `(B, 1)` weights of the student's softmax, the teacher's, and each positive."""
+    student, soft, hard = grad, grad * alpha, grad
+    if with_teacher:
+        hard = grad * (1 - alpha)
+    if query_ids is not None and key_ids is not None:
+        count = torch.zeros_like(grad)
+        for ids in key_ids.split(_MIN_CHUNK):
+            count += (query_ids[:, None] == ids).sum(1, keepdim=True)
+        student = student - torch.where(count > 0, 0, hard)
+        hard = hard / count.clamp(min=1)
+    return student, soft, hard
+
+
 def key_gradients(
     out: Tensor,
     grad: Tensor,
@@ -94,15 +114,7 @@ def key_gradients(
 ) -> None:
     """Write `d loss / d k_j = sum_i grad_i (mass_i p_ij - t_ij) q_i / T` for every key to `out`."""
     size = len(grad)
-    student, soft, hard = grad, grad * alpha, grad
-    if len(rows) > size:
-        hard = grad * (1 - alpha)
-    if query_ids is not None and key_ids is not None:
-        count = torch.zeros_like(grad)
-        for ids in key_ids.split(_MIN_CHUNK):
-            count += (query_ids[:, None] == ids).sum(1, keepdim=True)
-        student = student - torch.where(count > 0, 0, hard)
-        hard = hard / count.clamp(min=1)
+    student, soft, hard = key_weights(grad, len(rows) > size, alpha, query_ids, key_ids)
     for start, piece in chunks(keys, len(rows), rows.dtype):
         probabilities = (rows @ piece.T).sub_(lse.unsqueeze(1)).exp_()
         weights = probabilities[:size].mul_(student)

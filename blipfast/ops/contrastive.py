@@ -21,18 +21,20 @@ Shapes: `B` queries, `N` keys, `D` width, `R` rows of a pass (`B`, or `2B` with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from blipfast.errors import ShapeError
-from blipfast.ops import _native
+from blipfast.ops import _native, _triton
 from blipfast.ops._contrastive_stream import (
     accumulator,
     key_gradients,
     key_range,
+    key_weights,
     mean_of_equal_ids,
     online_softmax,
     scaled_rows,
@@ -122,38 +124,34 @@ def contrastive_softmax_reference(
     return -(targets * log_p).sum(1)
 
 
-@backends.register("native", _native.why_not)
-def _native_backend(
-    query: Tensor,
-    keys: list[Tensor],
-    temperature: Tensor,
-    teacher_query: Tensor | None,
-    alpha: Tensor,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    offset: int,
-) -> Tensor:
-    loss: Tensor = torch.ops.blipfast.contrastive_softmax(
-        query, keys, temperature, teacher_query, alpha, query_ids, key_ids, offset, True
-    )[0]
-    return loss
+def _engine(name: str) -> Callable[..., Tensor]:
+    """The backend that streams over the keys by `name`: "native", "triton" or "torch"."""
+
+    def run(query: Tensor, keys: list[Tensor], *arguments: Any) -> Tensor:
+        loss: Tensor = torch.ops.blipfast.contrastive_softmax(query, keys, *arguments, name)[0]
+        return loss
+
+    return run
 
 
-@backends.register("torch")
-def _torch_backend(
-    query: Tensor,
-    keys: list[Tensor],
-    temperature: Tensor,
-    teacher_query: Tensor | None,
-    alpha: Tensor,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    offset: int,
-) -> Tensor:
-    loss: Tensor = torch.ops.blipfast.contrastive_softmax(
-        query, keys, temperature, teacher_query, alpha, query_ids, key_ids, offset, False
-    )[0]
-    return loss
+def _kernels() -> ModuleType:
+    from blipfast.kernels import contrastive as kernels
+
+    return kernels
+
+
+def _not_triton(why_not: Callable[[Tensor], str | None]) -> Callable[[Tensor], str | None]:
+    def reason(query: Tensor) -> str | None:
+        if query.dim() == 2 and query.shape[1] > 256:
+            return f"the kernel takes features of up to 256 columns, not {query.shape[1]}"
+        return why_not(query)
+
+    return reason
+
+
+backends.register("triton", _not_triton(_triton.why_not))(_engine("triton"))
+backends.register("native", _native.why_not)(_engine("native"))
+backends.register("torch")(_engine("torch"))
 
 
 @backends.register("reference")
@@ -178,11 +176,15 @@ def _reference_backend(
     )
 
 
+# The same kernels on a CPU, for tests; last, so that `auto` never takes them.
+backends.register("triton_interpreter", _not_triton(_triton.why_not_interpreter))(_engine("triton"))
+
+
 @torch.library.custom_op(
     "blipfast::contrastive_softmax",
     mutates_args=(),
     schema="(Tensor query, Tensor[] keys, Tensor temperature, Tensor? teacher_query, Tensor alpha,"
-    " Tensor? query_ids, Tensor? key_ids, int offset, bool native)"
+    " Tensor? query_ids, Tensor? key_ids, int offset, str engine)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
@@ -194,14 +196,16 @@ def _forward(
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     offset: int,
-    native: bool,
+    engine: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss `(B,)`, log-sum-exps `(R,)`, mean keys under p and under the targets, both `(B, D)`."""
     with torch.autocast(query.device.type, enabled=False):
         size = query.shape[0]
         rows = scaled_rows(query, teacher_query, temperature)
-        if native:
+        if engine == "native":
             lse, means = _native.native_online_softmax(query, teacher_query, temperature, keys)
+        elif engine == "triton":
+            lse, means = _kernels().softmax_mean(query, teacher_query, temperature, keys)
         else:
             lse, means = online_softmax(rows, keys)
         if query_ids is None or key_ids is None:
@@ -217,7 +221,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(query, keys, temperature, teacher_query, alpha, query_ids, key_ids, offset, native):  # type: ignore[no-untyped-def]
+def _(query, keys, temperature, teacher_query, alpha, query_ids, key_ids, offset, engine):  # type: ignore[no-untyped-def]
     dtype = accumulator(query)
     size, width = query.shape
     rows = size if teacher_query is None else 2 * size
@@ -230,7 +234,7 @@ def _(query, keys, temperature, teacher_query, alpha, query_ids, key_ids, offset
     mutates_args=(),
     schema="(Tensor grad, Tensor query, Tensor[] keys, Tensor temperature, Tensor? teacher_query,"
     " Tensor alpha, Tensor? query_ids, Tensor? key_ids, int offset, Tensor lse,"
-    " Tensor mean_student, Tensor mean_target) -> (Tensor, Tensor, Tensor)",
+    " Tensor mean_student, Tensor mean_target, str engine) -> (Tensor, Tensor, Tensor)",
 )
 def _backward(
     grad: Tensor,
@@ -245,6 +249,7 @@ def _backward(
     lse: Tensor,
     mean_student: Tensor,
     mean_target: Tensor,
+    engine: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query `(B, D)`, temperature `()` and of the keys `(N, D)`, if any are given."""
     with torch.autocast(query.device.type, enabled=False):
@@ -254,7 +259,13 @@ def _backward(
         d_query = (mean_student - mean_target).mul_(grad).div_(scale)
         d_temperature = -(query.to(dtype) * d_query).sum() / scale
         d_keys = query.new_empty((sum(len(k) for k in keys), query.shape[1]), dtype=query.dtype)
-        if keys:
+        if keys and engine == "triton":
+            weights = key_weights(grad, teacher_query is not None, alpha, query_ids, key_ids)
+            d_keys = _kernels().key_gradients(
+                *(query, teacher_query, temperature, keys, lse, weights),
+                *(query_ids, key_ids, offset),
+            )
+        elif keys:
             rows = scaled_rows(query, teacher_query, temperature)
             key_gradients(d_keys, grad, rows, keys, alpha, query_ids, key_ids, offset, lse)
         return d_query.to(query.dtype), d_temperature.to(temperature.dtype), d_keys
@@ -267,10 +278,10 @@ def _(grad, query, keys, temperature, *_args):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, keys, temperature, teacher_query, alpha, query_ids, key_ids, offset, _ = inputs
+    query, keys, temperature, teacher_query, alpha, query_ids, key_ids, offset, engine = inputs
     _, lse, mean_student, mean_target = output
     ctx.with_keys = any(key.requires_grad for key in keys)
-    ctx.blocks, ctx.offset = len(keys), offset
+    ctx.blocks, ctx.offset, ctx.engine = len(keys), offset, engine
     kept = list(keys) if ctx.with_keys else []
     ctx.save_for_backward(
         query,
@@ -291,7 +302,7 @@ def _autograd(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Any, ...]:
     stats, keys = rest[:3], rest[3:]
     arguments = (query, keys, temperature, teacher, alpha, query_ids, key_ids, ctx.offset, *stats)
     d_query, d_temperature, d_keys = torch.ops.blipfast.contrastive_softmax_backward(
-        grad, *arguments
+        grad, *arguments, ctx.engine
     )
     d_blocks: list[Tensor | None] = [None] * ctx.blocks
     if ctx.with_keys:
