@@ -19,8 +19,8 @@ class DemoSettings:
     contrastive loss alone; pretrain_steps: of all three objectives; filter_steps, caption_steps:
     fine-tuning.
     noise: share of web texts that are wrong; hard_share: of those, the share with one wrong detail.
-    prompt: of captioners. threshold: of the filter; a third of
-    the pairs that ITM learns from match, so a third is what it says of a pair it knows nothing of.
+    prompt: of captioners. threshold: of the filter. One in three of the pairs that ITM learns from
+    matches, so a third is what it says of a pair it knows nothing of.
     """
 
     out: str = "outputs/demo"
