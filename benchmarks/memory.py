@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,7 @@ ROOT = Path(__file__).parent.parent
 def peak_memory(factory: str, *args: str) -> float:
     """MiB that `factory(*args)()` needs on top of its inputs and the model.
 
-    factory: `"module:function"`; what it returns is run once. The high-water mark of resident
-    memory is read before and after, so only a fresh process tells.
+    factory: `"module:function"`; what it returns is run once, in a fresh process on Linux.
     """
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", factory, *args],
@@ -29,16 +27,21 @@ def peak_memory(factory: str, *args: str) -> float:
     return float(done.stdout.splitlines()[-1])
 
 
-def _high_water() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _resident(field: str) -> float:
+    """MiB of VmRSS (now) or VmHWM (at the most) of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"this system does not tell {field}")
 
 
 def main(factory: str, *args: str) -> None:
     module, _, name = factory.partition(":")
     run = getattr(importlib.import_module(module), name)(*args)
-    before = _high_water()
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     run()
-    print(_high_water() - before)
+    print(_resident("VmHWM") - before)
 
 
 if __name__ == "__main__":
