@@ -1,6 +1,6 @@
 """For the checks that run under TRITON_INTERPRET=1, each file in a process of its own.
 
-`../test_interpreted.py` starts them; by hand: `TRITON_INTERPRET=1 pytest tests/triton_kernels/interpreted/
+`../test_interpreted.py` starts them; by hand, here: `TRITON_INTERPRET=1 pytest
 check_cross_attention.py`. Fresh memory is NaN throughout, so that what a kernel forgets to write
 is seen.
 """
