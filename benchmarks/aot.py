@@ -141,7 +141,8 @@ def _cross_attention_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]
             for max_rows, dropout in rows:
                 q = _empty(90 * max_rows, 12, dim, dtype=dtype)
                 k = _empty(90, 197, 12, dim, dtype=dtype).transpose(1, 2)
-                index: list[Any] = [_empty(91, dtype=torch.int32), _empty(len(q), dtype=torch.int64), None]
+                order = _empty(len(q), dtype=torch.int64)
+                index: list[Any] = [_empty(91, dtype=torch.int32), order, None]
                 index += [_empty(1, dtype=torch.int64) if dropout else None, max_rows]
                 index += [0.1 if dropout else 0.0]
                 lse = _empty(12, len(q), dtype=torch.float32)
