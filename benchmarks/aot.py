@@ -173,7 +173,31 @@ def _hard_negative_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]
             yield f"hard_negatives {_short(dtype)}" + " ids" * ids, run
 
 
-CASES = [_cross_attention_cases, _hard_negative_cases]
+def _contrastive_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    from blipfast.kernels.contrastive import key_gradients, softmax_mean
+
+    sizes = ((90, 57690, 256),) if quick else ((90, 57690, 256), (1, 1, 64))
+    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
+        for rows, num_keys, width in sizes:
+            q, k = _empty(rows, width, dtype=dtype), _empty(num_keys, width, dtype=dtype)
+            per_row = _empty(rows, dtype=torch.float32)
+            ids = [_empty(n, dtype=torch.int64) for n in (rows, num_keys)]
+            lse = _empty(2 * rows, dtype=torch.float32)
+
+            def run(q: Any = q, k: Any = k, weight: Any = per_row, lse: Any = lse) -> None:
+                softmax_mean(q, q, _empty(dtype=torch.float32), [k])
+                key_gradients(q, q, _empty(), [k], lse, (weight,) * 3, None, None, 0)
+
+            def with_ids(
+                q: Any = q, k: Any = k, weight: Any = per_row, lse: Any = lse, ids: Any = ids
+            ) -> None:
+                key_gradients(q, None, _empty(), [k], lse, (weight,) * 3, *ids, 0)
+
+            yield f"contrastive {_short(dtype)} B={rows} d={width}", run
+            yield f"contrastive {_short(dtype)} B={rows} d={width} ids", with_ids
+
+
+CASES = [_cross_attention_cases, _hard_negative_cases, _contrastive_cases]
 
 
 def compile_launch(launch: Launch, arch: str) -> Row:

@@ -21,6 +21,34 @@ def _tile(base, index, size, stride, stride_d, width, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _scores(
+    a_base,
+    a,
+    a_size,
+    a_stride,
+    a_stride_d,
+    b_base,
+    b,
+    b_size,
+    b_stride,
+    b_stride_d,
+    width,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Inner products `(BLOCK_A, BLOCK_B)`, some columns at a time, which holds fewer registers."""
+    acc = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+    for start in range(0, width, BLOCK_D):
+        left = width - start
+        x = _tile(a_base + start * a_stride_d, a, a_size, a_stride, a_stride_d, left, BLOCK_D)
+        y = _tile(b_base + start * b_stride_d, b, b_size, b_stride, b_stride_d, left, BLOCK_D)
+        acc = tl.dot(x, tl.trans(y), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def partial_means(
     rows,
     keys,
@@ -34,6 +62,7 @@ def partial_means(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Peak, sum of weights and weighted sum of keys, over `span` keys."""
@@ -49,7 +78,14 @@ def partial_means(
     for start in range(first, tl.minimum(first + span, num_keys), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         k = _tile(keys, n, num_keys, strides[2], strides[3], width, BLOCK_D)
-        s = tl.dot(x, tl.trans(k), input_precision=PRECISION) * scale
+        if BLOCK_S == BLOCK_D:
+            s = tl.dot(x, tl.trans(k), input_precision=PRECISION) * scale
+        else:
+            s = scale * _scores(
+                rows, r, num_rows, strides[0], strides[1],
+                keys, n, num_keys, strides[2], strides[3],
+                width, BLOCK_M, BLOCK_N, BLOCK_S, PRECISION,
+            )  # fmt: skip
         s = tl.where((n < num_keys)[None, :], s, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1))
         p = tl.exp2(s - new_peak[:, None])
@@ -111,6 +147,7 @@ def gradients_of_keys(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The gradients of a tile of keys: one sum over all queries."""
@@ -126,14 +163,29 @@ def gradients_of_keys(
         q = _tile(rows, i, num_rows, strides[0], strides[1], width, BLOCK_D)
         logs = tl.load(lse + i, mask=there, other=0.0) * _LOG2_E
         a = tl.load(student + i, mask=there, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale  # (keys, rows)
+        # (keys, rows)
+        if BLOCK_S == BLOCK_D:
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+        else:
+            s = scale * _scores(
+                keys, n, num_keys, strides[2], strides[3],
+                rows, i, num_rows, strides[0], strides[1],
+                width, BLOCK_N, BLOCK_M, BLOCK_S, PRECISION,
+            )  # fmt: skip
         w = tl.exp2(s - logs[None, :]) * a[None, :]
         if HAS_TEACHER:
             r = tl.where(there, i + num_rows, 2 * num_rows)
-            x = _tile(rows, r, 2 * num_rows, strides[0], strides[1], width, BLOCK_D)
             logs = tl.load(lse + r, mask=there, other=0.0) * _LOG2_E
             b = tl.load(soft + i, mask=there, other=0.0)
-            s = tl.dot(k, tl.trans(x), input_precision=PRECISION) * scale
+            if BLOCK_S == BLOCK_D:
+                x = _tile(rows, r, 2 * num_rows, strides[0], strides[1], width, BLOCK_D)
+                s = tl.dot(k, tl.trans(x), input_precision=PRECISION) * scale
+            else:
+                s = scale * _scores(
+                    keys, n, num_keys, strides[2], strides[3],
+                    rows, r, 2 * num_rows, strides[0], strides[1],
+                    width, BLOCK_N, BLOCK_M, BLOCK_S, PRECISION,
+                )  # fmt: skip
             w -= tl.exp2(s - logs[None, :]) * b[None, :]
         c = tl.load(hard + i, mask=there, other=0.0)
         if HAS_IDS:

@@ -119,7 +119,7 @@ def test_opcheck(with_ids: bool, with_teacher: bool) -> None:
     temperature = torch.tensor(0.1, requires_grad=True)
     teacher = features(3, 4, dtype=torch.float32, seed=3) if with_teacher else None
     ids = (torch.arange(3), torch.arange(12)) if with_ids else (None, None)
-    arguments = (query, keys, temperature, teacher, torch.tensor(0.4), *ids, 0, False)
+    arguments = (query, keys, temperature, teacher, torch.tensor(0.4), *ids, 0, "torch")
     torch.library.opcheck(torch.ops.blipfast.contrastive_softmax.default, arguments)
 
 
