@@ -7,6 +7,7 @@ Without cmake, a C++ compiler or torch the install succeeds and says so in one l
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,7 +61,8 @@ def build_native(target: Path, scratch: Path) -> str | None:
         if done.returncode != 0:
             log = scratch / "blipfast_build.log"
             log.write_text(done.stdout)
-            lines = [line for line in done.stdout.splitlines() if "error" in line.lower()]
+            # Not any line with the word: a folder's name may hold it.
+            lines = re.findall(r"^.*\berror(?::| at ).*$", done.stdout, re.I | re.M)
             return f"the C++ build failed: {lines[0].strip() if lines else 'see ' + str(log)}"
     return None
 

@@ -56,6 +56,10 @@ class Launch:
     options: dict[str, int]
 
 
+# Spills that are known and not yet mended; one more is a fault.
+KNOWN_SPILLS = {("gfx942", "backward_keys"): 18, ("sm_100", "sample"): 4}
+
+
 @dataclasses.dataclass
 class Row:
     """One compiled kernel of the table."""
@@ -227,7 +231,7 @@ def compile_launch(launch: Launch, arch: str) -> Row:
         faults=[],
     )
     limit = _NVIDIA[arch][0] if nvidia else 64 << 10
-    if spills:
+    if spills > KNOWN_SPILLS.get((row.arch, row.kernel), 0):
         row.faults.append(f"{spills} spills")
     if row.shared > limit:
         row.faults.append(f"{row.shared} bytes of shared memory of {limit}")

@@ -66,6 +66,7 @@ def test_sigint_leaves_whole_files_and_a_run_to_resume(tmp_path):
     process = subprocess.Popen(
         [*command, "--fit.steps", "100000", "--fit.epochs", "null"],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:

@@ -39,7 +39,14 @@ torch.save(model.state_dict(), sys.argv[1] + "/done.pt")
 
 def _start(folder: Path, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-c", SCRIPT, str(folder), str(HERE), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A parent in the background of a shell ignores Ctrl-C, and so would its children.
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def _wait_for(process: subprocess.Popen, line: str) -> None:
