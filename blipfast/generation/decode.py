@@ -24,6 +24,7 @@ from blipfast.models.text import CrossAttention, CrossStates, TextLayer, TextTra
 
 Cross = Literal["auto", "absorbed", "projected"]
 _Pair = tuple[Tensor, Tensor]  # weight and bias
+_FEW_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -195,27 +196,27 @@ class IncrementalDecoder:
         x = (F.embedding(token_ids, self._word) + place).to(self.dtype)
         x = F.layer_norm(x, (width,), *self._embed_norm, eps)
         for i, layer in enumerate(self._layers):
-            qkv = F.linear(x, *layer.qkv).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+            qkv = _linear(x, layer.qkv).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
             q, k, v = qkv  # (B, H, n, head_dim) each
             keys, values = self._cache[i]
             keys[:, :, slots], values[:, :, slots] = k, v
             out = F.scaled_dot_product_attention(
                 q, keys[:, :, : slots.stop], values[:, :, : slots.stop], attn_mask=mask
             )
-            out = F.linear(out.transpose(1, 2).flatten(2), *layer.self_out)
+            out = _linear(out.transpose(1, 2).flatten(2), layer.self_out)
             x = F.layer_norm(out + x, (width,), *layer.self_norm, eps)
-            q = F.linear(x, *layer.query).unflatten(-1, (heads, -1)).transpose(1, 2)
-            out = F.linear(self._cross.attend(i, layer, q), *layer.cross_out)
+            q = _linear(x, layer.query).unflatten(-1, (heads, -1)).transpose(1, 2)
+            out = _linear(self._cross.attend(i, layer, q), layer.cross_out)
             x = F.layer_norm(out + x, (width,), *layer.cross_norm, eps)
-            out = F.linear(F.gelu(F.linear(x, *layer.up)), *layer.down)
+            out = _feed_forward(x, layer.up, layer.down)
             x = F.layer_norm(out + x, (width,), *layer.norm, eps)
         return x
 
     def _logits(self, hidden: Tensor) -> Tensor:
         dense, norm = self._head
-        x = F.gelu(F.linear(hidden, *dense))
+        x = F.gelu(_linear(hidden, dense))
         x = F.layer_norm(x, (self.config.hidden_size,), *norm, self.config.layer_norm_eps)
-        logits = F.linear(x, *self._vocab)
+        logits = _linear(x, self._vocab)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _image_attention(self, states: CrossStates, cross: Cross) -> _ImageAttention:
@@ -240,6 +241,32 @@ class IncrementalDecoder:
             k, v = kv.permute(2, 0, 3, 1, 4)
             projected.append((k, v))
         return _Projected(projected, bias)
+
+
+def _linear(x: Tensor, pair: _Pair) -> Tensor:
+    """`x (..., D)` to `(..., O)`, as `F.linear`.
+
+    A step has few rows and is bound by reading the weights. As the left operand they are read the
+    way they lie, up to half as fast again as where F.linear puts them (oneDNN and MKL).
+    """
+    weight, bias = pair
+    if not _few_rows(x):
+        return F.linear(x, weight, bias)
+    columns = x.flatten(0, -2).t().contiguous()
+    out = torch.addmm(bias[:, None], weight, columns)
+    return out.t().contiguous().view(*x.shape[:-1], -1)
+
+
+def _feed_forward(x: Tensor, up: _Pair, down: _Pair) -> Tensor:
+    if not _few_rows(x):
+        return F.linear(F.gelu(F.linear(x, *up)), *down)
+    columns = x.flatten(0, -2).t().contiguous()
+    inner = F.gelu(torch.addmm(up[1][:, None], up[0], columns))
+    return torch.addmm(down[1][:, None], down[0], inner).t().contiguous().view_as(x)
+
+
+def _few_rows(x: Tensor) -> bool:
+    return x.is_cpu and 1 < x.numel() // x.shape[-1] <= _FEW_ROWS
 
 
 def _pair(module: nn.Module, dtype: torch.dtype) -> _Pair:
