@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from blipfast.kernels import _contrastive_kernels as kernels
@@ -48,15 +49,15 @@ def softmax_mean(
     first = 0
     for block, span in zip(blocks, spans, strict=True):
         sizes = (rows.shape[0], block.shape[0], rows.shape[1])
-        args = [rows, block, temperature, stats[:, first:], partial[first:]]
+        args: list[Any] = [rows, block, temperature, stats[:, first:], partial[first:]]
         args += [(*rows.stride(), *block.stride(), stats.stride(0)), sizes, span, row_tiles]
         count = -(-block.shape[0] // span)
         launch(kernels.partial_means, (row_tiles * count,), args, **meta)
         first += count
     lse = rows.new_empty(rows.shape[0], dtype=torch.float32)
     mean = partial[0] if splits == 1 else torch.empty_like(partial[0])
-    sizes = (rows.shape[0], splits, rows.shape[1], stats.stride(0))
-    args = [stats, partial, lse, mean, sizes]
+    args = [stats, partial, lse, mean]
+    args += [(rows.shape[0], splits, rows.shape[1], stats.stride(0))]
     meta = {"BLOCK_P": max(2, next_power_of_2(splits)), "BLOCK_D": 32}
     meta |= {"num_warps": 4, "num_stages": 1}
     launch(kernels.merge, (rows.shape[0], -(-rows.shape[1] // 32)), args, **meta)
@@ -93,7 +94,7 @@ def key_gradients(
     for block, d_block in zip(blocks, out.split(lengths), strict=True):
         theirs = None if key_ids is None else key_ids[first : first + len(block)].contiguous()
         sizes = (query.shape[0], block.shape[0], rows.shape[1])
-        args = [rows, block, temperature, lse, student, soft, hard, own, theirs, d_block]
+        args: list[Any] = [rows, block, temperature, lse, student, soft, hard, own, theirs, d_block]
         args += [(*rows.stride(), *block.stride(), *d_block.stride()), sizes, offset - first]
         launch(kernels.gradients_of_keys, (-(-block.shape[0] // block_n),), args, **meta)
         first += len(block)
@@ -124,7 +125,8 @@ def _configuration(rows: Tensor, gradients: bool = False) -> tuple[int, int, dic
     if rows.dtype == torch.float32:
         return 16, 16, {"num_warps": warps, "num_stages": 1}
     if gradients:
-        return 32, 64, {"num_warps": warps, "num_stages": 2}
+        block_m, block_n = (32, 64) if warps == 8 else (16, 32)
+        return block_m, block_n, {"num_warps": warps, "num_stages": 2}
     return 64, 32, {"num_warps": warps, "num_stages": 2}
 
 

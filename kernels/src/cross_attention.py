@@ -78,7 +78,7 @@ def run_forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
     block_m, tiles = row_tiles(max_rows, q)
-    args = [q, k, v, out, lse, cu_rows, order, kv_lengths, seed]
+    args: list[Any] = [q, k, v, out, lse, cu_rows, order, kv_lengths, seed]
     args += _strides(q, k, v, out)
     args += [(k.shape[2], q.shape[0], q.shape[2]), (*_scales(q), dropout_p), tiles]
     meta = _meta(q, order, kv_lengths, dropout_p, block_m)
@@ -124,7 +124,14 @@ def run_backward(
     sizes = [(k.shape[2], q.shape[0], q.shape[2]), (*_scales(q), dropout_p)]
     meta = _meta(q, order, kv_lengths, dropout_p, block_m, backward=True)
     if tiles == 1 and not (q.dtype == torch.float32 and q.shape[2] > 64):
-        args = [*inputs, dq, dk, dv, *index, *_strides(grad, q, k, v, out, dq, dk, dv), *sizes]
+        outputs = [dq, dk, dv]
+        args: list[Any] = [
+            *inputs,
+            *outputs,
+            *index,
+            *_strides(grad, q, k, v, out, *outputs),
+            *sizes,
+        ]
         launch(kernels.backward, (k.shape[0], q.shape[1]), args, **meta)
         return dq, dk, dv
     delta = torch.empty_like(lse)
@@ -179,7 +186,7 @@ def row_tiles(max_rows: int, q: Tensor, backward: bool = False) -> tuple[int, in
     largest, card = 64, target(q)
     if q.dtype == torch.float32:
         largest = 32 if not backward or 32 < q.shape[2] <= 64 else 16
-    elif backward and (q.shape[2] > 64 if card == "hip" else int(card) < 90):
+    elif backward and (card == "hip" or int(card) < 90):
         largest = 32
     block_m = min(max(16, next_power_of_2(max_rows)), largest)
     return block_m, max(1, -(-max_rows // block_m))

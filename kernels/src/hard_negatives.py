@@ -12,6 +12,8 @@ Shapes: `B` queries, `M` keys, `D` width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -170,7 +172,7 @@ def run_sample(
         query_ids, key_ids = query_ids.contiguous(), key_ids.contiguous()
     drawn = torch.empty((query.shape[0], num), dtype=torch.int64, device=query.device)
     sizes = (query.shape[0], keys.shape[0], query.shape[1])
-    args = [query, keys, temperature, query_ids, key_ids, drawn]
+    args: list[Any] = [query, keys, temperature, query_ids, key_ids, drawn]
     args += [(*query.stride(), *keys.stride()), sizes, float(eps)]
     args += [offset, seed, step, stream, first_row, first_column, num]
     launch(
@@ -180,11 +182,11 @@ def run_sample(
         HAS_IDS=query_ids is not None,
         HAS_EPS=eps > 0,
         BLOCK_M=16,
-        BLOCK_N=64,
+        BLOCK_N=32 if query.dtype == torch.float32 else 64,
         BLOCK_D=64,
         PRECISION=dot_precision(query),
         num_warps=4,
-        num_stages=2,
+        num_stages=1 if query.dtype == torch.float32 else 2,
     )
     return drawn
 
