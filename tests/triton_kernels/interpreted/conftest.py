@@ -19,6 +19,7 @@ from torch import Tensor
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 for these checks"
 
 import triton.language as tl  # noqa: E402
+import triton.runtime.interpreter as interpreter  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
 torch.set_num_threads(1)
@@ -72,6 +73,18 @@ def _corrected(name: str) -> Callable[..., Any]:
 # As it ships, the interpreter takes the bits of a bfloat16 for an integer.
 for _name in ("binary_op", "cast_impl", "create_fp_to_fp", "create_dot"):
     setattr(InterpreterBuilder, _name, _corrected(_name))
+
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_with_index(tensor: Any, *scope: Any) -> None:
+    _patch_lang_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.item())
+
+
+# Triton 3.6 turns arrays of one element into integers in a way that NumPy 2.4 no longer takes.
+interpreter._patch_lang_tensor = _patch_with_index
 
 
 @pytest.fixture(autouse=True)
