@@ -201,7 +201,25 @@ def _contrastive_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"contrastive {_short(dtype)} B={rows} d={width} ids", with_ids
 
 
-CASES = [_cross_attention_cases, _hard_negative_cases, _contrastive_cases]
+def _linear_cross_entropy_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    from blipfast.kernels.linear_cross_entropy import losses_then_gradients
+
+    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
+        logits, labels = _empty(549, 30524, dtype=dtype), _empty(549, dtype=torch.int64)
+        for scale in (_empty(549, dtype=torch.float32), None):
+
+            def run(arguments: Any = (logits, labels, 0.1, scale)) -> None:
+                losses_then_gradients(*arguments)
+
+            yield f"linear_cross_entropy {_short(dtype)}" + " losses" * (scale is None), run
+
+
+CASES = [
+    _cross_attention_cases,
+    _hard_negative_cases,
+    _contrastive_cases,
+    _linear_cross_entropy_cases,
+]
 
 
 def compile_launch(launch: Launch, arch: str) -> Row:

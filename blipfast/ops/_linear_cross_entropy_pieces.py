@@ -5,6 +5,8 @@ For the PyTorch backend of `linear_cross_entropy`; letters as there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from blipfast.errors import ShapeError
 # Logits held at a time: enough rows that a matmul is efficient at a vocabulary of 30,524.
 _CPU_LOGITS = 1 << 25
 _GPU_LOGITS = 1 << 27
+_KERNEL_LOGITS = 1 << 24  # 32 MiB in bfloat16, about 550 tokens
 
 
 def by_pieces(
@@ -24,8 +27,12 @@ def by_pieces(
     ignore_index: int,
     scale: Tensor | None,
     needs: tuple[bool, ...],
+    engine: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses `(T,)` and, given the weight `scale` `(T,)` of each, the gradients that are needed."""
+    """Losses `(T,)` and, given the weight `scale` `(T,)` of each, the gradients that are needed.
+
+    engine: what turns logits into gradients, "torch" or "triton".
+    """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     total = len(labels)
     valid = labels != ignore_index
@@ -40,11 +47,12 @@ def by_pieces(
         scale = None if scale is None else scale * valid
     losses = hidden.new_empty(len(labels), dtype=dtype)
     out = _Gradients(hidden, weight, bias, needs)
-    pieces = max(1, -(-len(labels) * len(weight) // logits_at_a_time(hidden)))
+    pieces = max(1, -(-len(labels) * len(weight) // logits_at_a_time(hidden, engine)))
     size = max(1, -(-len(labels) // pieces))
     # Buffers for all pieces: fresh memory of this size costs page faults as dear as a matmul.
     raw = hidden.new_empty(min(size, len(labels)), len(weight))
-    values = raw if raw.dtype == dtype else torch.empty_like(raw, dtype=dtype)
+    in_place = raw.dtype == dtype or engine == "triton"
+    values = raw if in_place else torch.empty_like(raw, dtype=dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(labels), size):
             piece = slice(start, start + size)
@@ -54,14 +62,13 @@ def by_pieces(
                 torch.mm(rows, weight.T, out=logits)
             else:  # rounds once, where a sum of its own would round again
                 torch.addmm(bias, rows, weight.T, out=logits)
-            if logits.dtype != dtype:
+            if not in_place:
                 z.copy_(logits)
-            piece_scale = None if scale is None else scale[piece].unsqueeze(1)
-            losses[piece] = _losses_then_gradient(
-                z, labels[piece].unsqueeze(1), smoothing, piece_scale
-            )
+            piece_scale = None if scale is None else scale[piece]
+            step = _kernel() if engine == "triton" else _losses_then_gradient
+            losses[piece] = step(z, labels[piece], smoothing, piece_scale)
             if scale is not None:
-                out.add(piece, z, logits if logits is z else logits.copy_(z))
+                out.add(piece, z, logits if in_place else logits.copy_(z))
     d_hidden, d_weight, d_bias = out.results()
     if chosen is None:
         return losses.where(valid, 0.0), d_hidden, d_weight, d_bias
@@ -70,11 +77,18 @@ def by_pieces(
     return losses.new_zeros(total).index_copy_(0, chosen, losses), d_hidden, d_weight, d_bias
 
 
+def _kernel() -> Callable[..., Tensor]:
+    from blipfast.kernels.linear_cross_entropy import losses_then_gradients
+
+    return losses_then_gradients  # type: ignore[no-any-return]
+
+
 def _losses_then_gradient(
     z: Tensor, labels: Tensor, smoothing: float, scale: Tensor | None
 ) -> Tensor:
     """Losses `(C,)` of logits `z` `(C, V)`, which become `scale` times the losses' gradient."""
     uniform = smoothing / z.shape[1]
+    labels, scale = labels.unsqueeze(1), None if scale is None else scale.unsqueeze(1)
     loss = z.gather(1, labels).mul_(smoothing - 1)
     if smoothing:
         loss -= z.sum(1, keepdim=True) * uniform
@@ -103,7 +117,7 @@ class _Gradients:
     def add(self, piece: slice, exact: Tensor, d_logits: Tensor) -> None:
         """Gradient of a piece's logits `(C, V)`, in the accumulation dtype and in hidden's."""
         if self.needs[2]:
-            d_bias = exact.sum(0)
+            d_bias = exact.sum(0, dtype=torch.promote_types(exact.dtype, torch.float32))
             self.d_bias = d_bias if self.d_bias is None else self.d_bias.add_(d_bias)
         if self.needs[0]:
             torch.mm(d_logits, self.weight, out=self.d_hidden[piece])
@@ -128,7 +142,9 @@ class _Gradients:
         return results[0], results[1], results[2]
 
 
-def logits_at_a_time(hidden: Tensor) -> int:
+def logits_at_a_time(hidden: Tensor, engine: str = "torch") -> int:
+    if engine == "triton":
+        return _KERNEL_LOGITS
     return _CPU_LOGITS if hidden.device.type == "cpu" else _GPU_LOGITS
 
 

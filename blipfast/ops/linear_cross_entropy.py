@@ -14,6 +14,7 @@ Shapes: `T` tokens, `D` width, `V` vocabulary, `C` tokens of a piece.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipfast.errors import ShapeError
+from blipfast.ops import _triton
 from blipfast.ops._dispatch import Backends
 from blipfast.ops._linear_cross_entropy_pieces import by_pieces, check_labels, logits_at_a_time
 
@@ -73,6 +75,31 @@ def linear_cross_entropy(
     return loss
 
 
+def _in_pieces(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: Reduction,
+    engine: str,
+) -> Tensor:
+    arguments = (hidden, weight, bias, labels, label_smoothing, ignore_index)
+    if reduction == "none":
+        rows: Tensor = torch.ops.blipfast.linear_cross_entropy_rows(*arguments, engine)
+        return rows
+    grad_on = torch.is_grad_enabled()
+    needs = [grad_on and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    run = torch.ops.blipfast.linear_cross_entropy
+    loss: Tensor = run(*arguments, reduction == "mean", *needs, engine)[0]
+    return loss
+
+
+_triton_backend = functools.partial(_in_pieces, engine="triton")
+backends.register("triton", _triton.why_not)(_triton_backend)
+
+
 @backends.register("torch")
 def _torch_backend(
     hidden: Tensor,
@@ -83,17 +110,10 @@ def _torch_backend(
     ignore_index: int,
     reduction: Reduction,
 ) -> Tensor:
+    options = (label_smoothing, ignore_index, reduction)
     if len(labels) * len(weight) <= logits_at_a_time(hidden):
-        return _one_piece(hidden, weight, bias, labels, label_smoothing, ignore_index, reduction)
-    arguments = (hidden, weight, bias, labels, label_smoothing, ignore_index)
-    loss: Tensor
-    if reduction == "none":
-        loss = torch.ops.blipfast.linear_cross_entropy_rows(*arguments)
-    else:
-        grad_on = torch.is_grad_enabled()
-        needs = [grad_on and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-        loss = torch.ops.blipfast.linear_cross_entropy(*arguments, reduction == "mean", *needs)[0]
-    return loss
+        return _one_piece(hidden, weight, bias, labels, *options)
+    return _in_pieces(hidden, weight, bias, labels, *options, "torch")
 
 
 @backends.register("reference")
@@ -116,6 +136,10 @@ def linear_cross_entropy_reference(
     if reduction == "none":
         return loss
     return loss.sum() / (valid.sum().clamp(min=1) if reduction == "mean" else 1)
+
+
+# The same kernel on a CPU, for tests; last, so that `auto` never takes it.
+backends.register("triton_interpreter", _triton.why_not_interpreter)(_triton_backend)
 
 
 def _one_piece(
@@ -154,8 +178,8 @@ def _one_piece(
     "blipfast::linear_cross_entropy",
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float label_smoothing,"
-    " int ignore_index, bool mean, bool need_hidden, bool need_weight, bool need_bias)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " int ignore_index, bool mean, bool need_hidden, bool need_weight, bool need_bias,"
+    " str engine='torch') -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _reduced(
     hidden: Tensor,
@@ -168,6 +192,7 @@ def _reduced(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    engine: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss `()` and its gradients where needed (else empty): hidden, weight, bias."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -177,16 +202,16 @@ def _reduced(
     needs = (need_hidden, need_weight, need_bias)
     scale = factor.expand(len(labels)) if any(needs) else None
     rows, *gradients = by_pieces(
-        hidden, weight, bias, labels, label_smoothing, ignore_index, scale, needs
+        hidden, weight, bias, labels, label_smoothing, ignore_index, scale, needs, engine
     )
     return rows.sum() * factor, gradients[0], gradients[1], gradients[2]
 
 
 @_reduced.register_fake
-def _(hidden, weight, bias, labels, smoothing, ignore, mean, *needs):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, labels, smoothing, ignore, mean, *options):  # type: ignore[no-untyped-def]
     loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     inputs = (hidden, weight, hidden if bias is None else bias)
-    shapes = [t.shape if need else (0,) for t, need in zip(inputs, needs, strict=True)]
+    shapes = [t.shape if need else (0,) for t, need in zip(inputs, options[:3], strict=True)]
     return loss, *(t.new_empty(shape) for t, shape in zip(inputs, shapes, strict=True))
 
 
@@ -202,7 +227,7 @@ def _(gradients, factor):  # type: ignore[no-untyped-def]
 
 
 def _reduced_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs = inputs[-3:]
+    ctx.needs = inputs[7:10]
     ctx.save_for_backward(*(g for g, need in zip(output[1:], ctx.needs, strict=True) if need))
 
 
@@ -214,7 +239,7 @@ def _reduced_backward(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Any, ..
         scaled = torch.ops.blipfast.scale_gradients(scaled, grad)
     remaining = iter(scaled)
     gradients = [next(remaining) if need else None for need in ctx.needs]
-    return *gradients, *[None] * 7
+    return *gradients, *[None] * 8
 
 
 _reduced.register_autograd(_reduced_backward, setup_context=_reduced_setup)
@@ -224,7 +249,7 @@ _reduced.register_autograd(_reduced_backward, setup_context=_reduced_setup)
     "blipfast::linear_cross_entropy_rows",
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float label_smoothing,"
-    " int ignore_index) -> Tensor",
+    " int ignore_index, str engine='torch') -> Tensor",
 )
 def _rows(
     hidden: Tensor,
@@ -233,14 +258,15 @@ def _rows(
     labels: Tensor,
     label_smoothing: float,
     ignore_index: int,
+    engine: str = "torch",
 ) -> Tensor:
     """Losses `(T,)`."""
-    needs = (False, False, False)
-    return by_pieces(hidden, weight, bias, labels, label_smoothing, ignore_index, None, needs)[0]
+    arguments = (hidden, weight, bias, labels, label_smoothing, ignore_index)
+    return by_pieces(*arguments, None, (False, False, False), engine)[0]
 
 
 @_rows.register_fake
-def _(hidden, weight, bias, labels, smoothing, ignore):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, labels, smoothing, ignore, engine="torch"):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     return hidden.new_empty(hidden.shape[0], dtype=dtype)
 
@@ -249,8 +275,8 @@ def _(hidden, weight, bias, labels, smoothing, ignore):  # type: ignore[no-untyp
     "blipfast::linear_cross_entropy_rows_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels,"
-    " float label_smoothing, int ignore_index, bool need_hidden, bool need_weight, bool need_bias)"
-    " -> (Tensor, Tensor, Tensor)",
+    " float label_smoothing, int ignore_index, bool need_hidden, bool need_weight, bool need_bias,"
+    " str engine='torch') -> (Tensor, Tensor, Tensor)",
 )
 def _rows_gradients(
     grad: Tensor,
@@ -263,30 +289,31 @@ def _rows_gradients(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    engine: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = (need_hidden, need_weight, need_bias)
     arguments = (hidden, weight, bias, labels, label_smoothing, ignore_index)
-    return by_pieces(*arguments, grad, needs)[1:]
+    return by_pieces(*arguments, grad, needs, engine)[1:]
 
 
 @_rows_gradients.register_fake
-def _(grad, hidden, weight, bias, labels, smoothing, ignore, *needs):  # type: ignore[no-untyped-def]
+def _(grad, hidden, weight, bias, labels, smoothing, ignore, *options):  # type: ignore[no-untyped-def]
     inputs = (hidden, weight, hidden if bias is None else bias)
-    shapes = [t.shape if need else (0,) for t, need in zip(inputs, needs, strict=True)]
+    shapes = [t.shape if need else (0,) for t, need in zip(inputs, options[:3], strict=True)]
     return tuple(t.new_empty(shape) for t, shape in zip(inputs, shapes, strict=True))
 
 
 def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.options = inputs[4:]
+    ctx.options, ctx.engine = inputs[4:6], inputs[6]
     ctx.save_for_backward(*inputs[:4])
 
 
 def _rows_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad[:3]
     gradients = torch.ops.blipfast.linear_cross_entropy_rows_backward(
-        grad, *ctx.saved_tensors, *ctx.options, *needs
+        grad, *ctx.saved_tensors, *ctx.options, *needs, ctx.engine
     )
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 3
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 4
 
 
 _rows.register_autograd(_rows_backward, setup_context=_rows_setup)
