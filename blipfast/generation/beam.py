@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blipfast.errors import ConfigError
 from blipfast.generation.decode import IncrementalDecoder
-from blipfast.generation.logits import forbid, penalise_repetition
+from blipfast.generation.logits import penalise_repetition
 from blipfast.generation.options import GenerationOptions
 
 
@@ -144,19 +144,21 @@ def _candidates(logits: Tensor, scores: Tensor, live: list[_Search]) -> list[lis
     """
     options, sep = live[0].options, live[0].sep
     count = 2 * options.num_beams
-    batch, beams, _ = logits.shape
-    flat = logits.flatten(0, 1)
-    log_z = flat.logsumexp(-1, keepdim=True)
+    batch, beams, size = logits.shape
+    flat, each = logits.flatten(0, 1), min(count + 1, size)  # one more, as [SEP] may be forbidden
     if options.penalty != 1.0:
         past = [search.beams[i] for search in live for i in range(beams)]
         past_ids = torch.tensor(past, device=logits.device)
-        flat = penalise_repetition(flat - log_z, past_ids, options.penalty)
-        log_z = torch.zeros_like(log_z)
+        flat = penalise_repetition(flat.log_softmax(-1), past_ids, options.penalty)
+        values, tokens = flat.topk(each, dim=-1)
+    else:
+        values, tokens = flat.topk(each, dim=-1)
+        best = values[:, :1]
+        values = values - best - (flat - best).exp().sum(-1, keepdim=True).log()
     if live[0].length < options.min_length:
-        flat = forbid(flat, sep)
-    values, tokens = flat.topk(count, dim=-1)
-    total = (values - log_z).view(batch, beams, count) + scores[:, :, None]
+        values = values.masked_fill(tokens == sep, -torch.inf)
+    total = values.view(batch, beams, each) + scores[:, :, None]
     best, index = total.flatten(1).topk(count, dim=-1)
     tokens = tokens.view(batch, -1).gather(1, index)
-    table = zip(best.tolist(), (index // count).tolist(), tokens.tolist(), strict=True)
+    table = zip(best.tolist(), (index // each).tolist(), tokens.tolist(), strict=True)
     return [[Candidate(*c) for c in zip(*image, strict=True)] for image in table]

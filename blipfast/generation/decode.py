@@ -252,13 +252,24 @@ def _linear(x: Tensor, pair: _Pair) -> Tensor:
     if not _few_rows(x) or not weight.is_contiguous():
         return F.linear(x, weight, bias)
     rows = x.flatten(0, -2)
-    if weight.element_size() >= 4 and weight.shape[0] % _BLOCK == 0:
-        blocks = weight.view(-1, _BLOCK, weight.shape[1]).transpose(1, 2)
-        rows = rows.expand(blocks.shape[0], -1, -1)
-        out = torch.baddbmm(bias.view(-1, 1, _BLOCK), rows, blocks).transpose(0, 1)
-        return out.reshape(*x.shape[:-1], -1)
+    if weight.element_size() >= 4:
+        return _by_blocks(rows, weight, bias).view(*x.shape[:-1], -1)
     out = torch.addmm(bias[:, None], weight, rows.t().contiguous())
     return out.t().view(*x.shape[:-1], -1)
+
+
+def _by_blocks(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    size, width = weight.shape
+    whole = size - size % _BLOCK
+    out = rows.new_empty(rows.shape[0], size)
+    if whole:
+        blocks = weight[:whole].view(-1, _BLOCK, width).transpose(1, 2)
+        batch = rows.expand(blocks.shape[0], -1, -1)
+        part = torch.baddbmm(bias[:whole].view(-1, 1, _BLOCK), batch, blocks)
+        out[:, :whole].view(-1, blocks.shape[0], _BLOCK).copy_(part.transpose(0, 1))
+    if whole < size:
+        out[:, whole:] = F.linear(rows, weight[whole:], bias[whole:])
+    return out
 
 
 def _few_rows(x: Tensor) -> bool:
