@@ -199,7 +199,7 @@ class IncrementalDecoder:
             keys, values = self._cache[i]
             keys[:, :, slots], values[:, :, slots] = k, v
             out = F.scaled_dot_product_attention(
-                q.contiguous(), keys[:, :, : slots.stop], values[:, :, : slots.stop], attn_mask=mask
+                q, keys[:, :, : slots.stop], values[:, :, : slots.stop], attn_mask=mask
             )
             out = _linear(out.transpose(1, 2).flatten(2), layer.self_out)
             x = torch.layer_norm(x + out, (width,), *layer.self_norm, eps)
@@ -216,7 +216,7 @@ class IncrementalDecoder:
         x = F.layer_norm(x, (self.config.hidden_size,), *norm, self.config.layer_norm_eps)
         logits = _linear(x, self._vocab)
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return logits.to(dtype, memory_format=torch.contiguous_format)
+        return logits.to(dtype)
 
     def _image_attention(self, states: CrossStates, cross: Cross) -> _ImageAttention:
         embeds = states.embeds[0].to(self.dtype)
@@ -243,7 +243,7 @@ class IncrementalDecoder:
 
 
 def _linear(x: Tensor, pair: _Pair) -> Tensor:
-    """`x (..., D)` to `(..., O)`, as `F.linear`; not always contiguous.
+    """`x (..., D)` to `(..., O)`, as `F.linear`.
 
     A step has few rows and is bound by reading the weights, which F.linear has repacked at each
     call: MKL not in batches of small products, oneDNN not where the weight is the left operand.
@@ -254,8 +254,9 @@ def _linear(x: Tensor, pair: _Pair) -> Tensor:
     rows = x.flatten(0, -2)
     if weight.element_size() >= 4:
         return _by_blocks(rows, weight, bias).view(*x.shape[:-1], -1)
-    out = torch.addmm(bias[:, None], weight, rows.t().contiguous())
-    return out.t().view(*x.shape[:-1], -1)
+    product = torch.mm(weight, rows.t())
+    out = rows.new_empty(rows.shape[0], weight.shape[0])
+    return torch.add(product.t(), bias, out=out).view(*x.shape[:-1], -1)
 
 
 def _by_blocks(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
