@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
@@ -14,15 +14,33 @@ from blipfast.errors import ConfigError, ShapeError
 from blipfast.models.config import BlipConfig, TextConfig
 from blipfast.models.text import CrossStates, LMHead, TextStream, TextTransformer, run_streams
 from blipfast.models.vit import VisionTransformer
+from blipfast.ops.linear import look_up, tied_table
 from blipfast.ops.packing import Packing
 
 
 @dataclass(frozen=True)
+class WordRows:
+    """The word embeddings of a batch, looked up once for all passes over its texts.
+
+    rows: `(T + special, D)`, the texts' tokens and then the special ones. places: the row of each.
+    table: `(V, D)`, what they were looked up in, for the tied output projection.
+    """
+
+    rows: Tensor
+    places: dict[int, int]
+    table: Tensor
+
+
+@dataclass(frozen=True)
 class PackedText:
-    """Texts without padding: `input_ids (T,)` and where each text lies in them."""
+    """Texts without padding: `input_ids (T,)` and where each text lies in them.
+
+    words: rows looked up before, which `input_ids` then number instead of the vocabulary's.
+    """
 
     input_ids: Tensor
     packing: Packing
+    words: WordRows | None = None
 
     @classmethod
     def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> PackedText:
@@ -38,16 +56,26 @@ class PackedText:
             raise ShapeError(f"text {empty} of the batch has no tokens at all")
         return cls(packing.unpad(input_ids), packing)
 
+    def looked_up(self, word: nn.Embedding, special: Sequence[int]) -> PackedText:
+        """The same texts with their words looked up, and the tokens they may start with."""
+        extra = torch.tensor(special, device=self.input_ids.device)
+        table = tied_table(word.weight)
+        rows = look_up(torch.cat([self.input_ids, extra]), table)
+        total = self.packing.total
+        places = {token_id: total + i for i, token_id in enumerate(special)}
+        numbers = torch.arange(total, device=self.input_ids.device)
+        return PackedText(numbers, self.packing, WordRows(rows, places, table))
+
     def starting_with(self, token_id: int) -> PackedText:
         """The same texts with their first token replaced: [CLS], [ENC] or [DEC] choose the mode."""
         ids = self.input_ids.clone()
-        ids[self.packing.first_tokens] = token_id
-        return PackedText(ids, self.packing)
+        ids[self.packing.first_tokens] = self.words.places[token_id] if self.words else token_id
+        return replace(self, input_ids=ids)
 
     def select(self, index: Sequence[int]) -> PackedText:
         """The texts at `index`, repeats allowed."""
         packing, tokens = self.packing.select(index)
-        return PackedText(self.input_ids[tokens], packing)
+        return PackedText(self.input_ids[tokens], packing, self.words)
 
     def shifted(self) -> tuple[PackedText, Tensor]:
         """For next-token prediction: the texts without their last tokens, and `(T - N,)` labels.
@@ -59,11 +87,15 @@ class PackedText:
         keep = torch.ones_like(self.input_ids, dtype=torch.bool)
         keep[last] = False
         shorter = Packing.from_lengths([n - 1 for n in packing.lengths], packing.device)
-        return PackedText(self.input_ids[keep], shorter), self.input_ids[1:][keep[:-1]]
+        shortened = PackedText(self.input_ids[keep], shorter, self.words)
+        return shortened, self.input_ids[1:][keep[:-1]]
 
     def __add__(self, other: PackedText) -> PackedText:
+        """Both, one after the other; words looked up must be the same."""
+        if self.words is not other.words:
+            raise ShapeError("texts whose words were looked up apart cannot be joined")
         ids = torch.cat([self.input_ids, other.input_ids])
-        return PackedText(ids, self.packing + other.packing)
+        return PackedText(ids, self.packing + other.packing, self.words)
 
 
 class Blip(nn.Module):
@@ -138,22 +170,19 @@ class Blip(nn.Module):
     def encode_text(self, text: PackedText, *, first_only: bool = False) -> Tensor:
         """Unimodal text encoder: `(T, D)`, or the first tokens' `(N, D)`."""
         text = text.starting_with(self.text_config.cls_token_id)
-        stream = self.encoder.stream(text.input_ids, text.packing, first_only=first_only)
-        return run_streams([stream])[0]
+        return run_streams([_stream(self.encoder, text, first_only=first_only)])[0]
 
     def grounded_stream(
         self, text: PackedText, kv_index: Sequence[int], *, first_only: bool = False
     ) -> TextStream:
         """Texts to be encoded in the light of the images they name, starting with [ENC]."""
         text = text.starting_with(self.text_config.enc_token_id)
-        return self.encoder.stream(
-            text.input_ids, text.packing, kv_index=kv_index, first_only=first_only
-        )
+        return _stream(self.encoder, text, kv_index=kv_index, first_only=first_only)
 
     def decoder_stream(self, text: PackedText, kv_index: Sequence[int]) -> TextStream:
         """Texts to be decoded in the light of what they name, starting with [DEC]."""
         text = text.starting_with(self.text_config.dec_token_id)
-        return self.decoder.stream(text.input_ids, text.packing, kv_index=kv_index, causal=True)
+        return _stream(self.decoder, text, kv_index=kv_index, causal=True)
 
     def match(self, text: PackedText, states: CrossStates, kv_index: Sequence[int]) -> Tensor:
         """ITM logits `(N, 2)` of each text with the image it names; class 1 is a match."""
@@ -173,6 +202,11 @@ class Blip(nn.Module):
         """
         module = self.decoder if decoder else self.encoder
         return module.cross_states(image_embeds, project=project)
+
+
+def _stream(transformer: TextTransformer, text: PackedText, **options: object) -> TextStream:
+    rows = text.words.rows if text.words else None
+    return transformer.stream(text.input_ids, text.packing, words=rows, **options)
 
 
 _Module = TypeVar("_Module", bound=nn.Module)

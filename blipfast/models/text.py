@@ -21,9 +21,17 @@ from torch import Tensor, nn
 from blipfast.errors import ConfigError, ShapeError
 from blipfast.models.config import Sharing, TextConfig
 from blipfast.ops.attention import CrossPlan, cross_attention, varlen_attention
+from blipfast.ops.linear import linear
 from blipfast.ops.packing import Packing, gather_rows
 
 KeyValue = tuple[Tensor, Tensor]  # (B, H, S, head_dim) each
+
+
+class Linear(nn.Linear):
+    """For weights that several passes of a step use, see `ops.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Embeddings(nn.Module):
@@ -34,8 +42,9 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = config.dropout
 
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        x = self.norm(self.word(input_ids) + self.position(positions))
+    def forward(self, input_ids: Tensor, positions: Tensor, words: Tensor | None = None) -> Tensor:
+        word = self.word(input_ids) if words is None else F.embedding(input_ids, words)
+        x = self.norm(word + self.position(positions))
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -45,7 +54,7 @@ class _Residual(nn.Module):
     def __init__(self, config: TextConfig, in_features: int) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.dense = Linear(in_features, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -57,7 +66,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.attention_dropout = config.attention_dropout
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = _Residual(config, config.hidden_size)
 
     def project(self, hidden: Tensor) -> Tensor:
@@ -78,8 +87,8 @@ class _ImageAttention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.attention_dropout = config.attention_dropout
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key_value = nn.Linear(cross_width, 2 * config.hidden_size)
+        self.query = Linear(config.hidden_size, config.hidden_size)
+        self.key_value = Linear(cross_width, 2 * config.hidden_size)
 
     def project(self, embeds: Tensor) -> KeyValue:
         """`(B, S, cross_width)` to K and V."""
@@ -116,8 +125,8 @@ class PairedCrossAttention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.attentions = nn.ModuleList(_ImageAttention(config, cross_width) for _ in range(2))
-        self.dense = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
-        self.merge = nn.Linear(2 * width, width) if merge else None
+        self.dense = nn.ModuleList(Linear(width, width) for _ in range(2))
+        self.merge = Linear(2 * width, width) if merge else None
         self.dropout = config.dropout
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
@@ -138,7 +147,7 @@ class PairedCrossAttention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate = Linear(config.hidden_size, config.intermediate_size)
         self.out = _Residual(config, config.intermediate_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -158,9 +167,9 @@ class LMHead(nn.Module):
 
     def __init__(self, config: TextConfig, word: nn.Embedding) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder = Linear(config.hidden_size, config.vocab_size)
         self.decoder.weight = word.weight
 
     def transform(self, hidden: Tensor) -> Tensor:
@@ -220,18 +229,19 @@ class TextTransformer(nn.Module):
             if sharing != "all_but_self_attention":
                 mine.self_attention = theirs.self_attention
 
-    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Packed `input_ids (T,)` and their `positions (T,)` to `(T, D)`."""
-        return self.embeddings(input_ids, positions)
+    def stream(
+        self, input_ids: Tensor, packing: Packing, words: Tensor | None = None, **options: object
+    ) -> TextStream:
+        """A `TextStream` of packed `input_ids (T,)`; raises ShapeError if a text is too long.
 
-    def stream(self, input_ids: Tensor, packing: Packing, **options: object) -> TextStream:
-        """A `TextStream` of packed `input_ids (T,)`; raises ShapeError if a text is too long."""
+        words: `(U, D)` word embeddings looked up before, which `input_ids` then number.
+        """
         if packing.max_seqlen > self.config.max_positions:
             raise ShapeError(
                 f"a text has {packing.max_seqlen} tokens, but the model "
                 f"{self.config.max_positions} positions: truncate it when tokenising"
             )
-        hidden = self.embed(input_ids, packing.positions)
+        hidden = self.embeddings(input_ids, packing.positions, words)
         return TextStream(self, hidden, packing, **options)  # type: ignore[arg-type]
 
     def cross_states(

@@ -26,6 +26,7 @@ def lm_loss(
     labels: Tensor,
     head: PredictionHead,
     *,
+    weight: Tensor | None = None,
     label_smoothing: float = 0.1,
     reduction: Reduction = "mean",
     impl: str = "auto",
@@ -36,6 +37,8 @@ def lm_loss(
         hidden: `(T, D)` decoder states.
         labels: `(T,)` int64, the token after each (`lm_labels`), or -100 where none counts.
         head: the decoder's prediction head.
+        weight: `(V, D)` in place of the head's own, where it is tied to a table in use
+            (`ops.linear.tied_table`).
         label_smoothing: 0.1 in all of BLIP, in scores too.
         reduction: "mean" over the labels that count, "sum", or "none" for `(T,)` losses.
         impl: backend of `linear_cross_entropy`.
@@ -46,7 +49,7 @@ def lm_loss(
     projection = head.decoder
     return linear_cross_entropy(
         head.transform(hidden),
-        projection.weight,
+        projection.weight if weight is None else weight,
         projection.bias,
         labels,
         label_smoothing=label_smoothing,

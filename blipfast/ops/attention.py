@@ -20,33 +20,11 @@ from torch import Tensor
 from blipfast.errors import ShapeError
 from blipfast.ops import _triton
 from blipfast.ops._dispatch import Backends
+from blipfast.ops.dense_attention import dense_attention
 from blipfast.ops.packing import Packing, gather_rows, scatter_rows
 
 varlen_backends = Backends("varlen_attention")
 cross_backends = Backends("cross_attention")
-
-
-def dense_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-) -> Tensor:
-    """PyTorch's scaled dot product attention, `(B, H, L, head_dim)`, in the dtype that is fast.
-
-    On the CPU its backward in bf16 and fp16 takes several times as long as in float32 (tried with
-    torch 2.13 at BLIP's shapes), so float32 computes there where gradients are wanted.
-    """
-    wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16) or not wants_grad:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal)
-    with torch.autocast("cpu", enabled=False):
-        out = F.scaled_dot_product_attention(
-            q.float(), k.float(), v.float(), attn_mask, dropout_p, is_causal
-        )
-    return out.to(q.dtype)
 
 
 def varlen_attention(

@@ -25,6 +25,7 @@ from blipfast.errors import ShapeError
 from blipfast.ops import _triton
 from blipfast.ops._dispatch import Backends
 from blipfast.ops._linear_cross_entropy_pieces import by_pieces, check_labels, logits_at_a_time
+from blipfast.ops.linear import linear
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -159,7 +160,7 @@ def _one_piece(
         hidden = hidden if len(chosen) == total else hidden.index_select(0, chosen)
         check_labels(labels, len(weight))
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = F.linear(hidden, weight, bias).to(dtype)
+        logits = linear(hidden, weight, bias).to(dtype)
         loss = F.cross_entropy(
             logits,
             labels,

@@ -91,7 +91,10 @@ class BlipForPretraining(Blip):
         clamp_temperature_(self.temp)
         image_embeds = self.encode_image(pixel_values)
         image_feat = self.image_features(image_embeds)
-        text_feat = self.text_features(text)
+        config = self.text_config
+        starts = (config.cls_token_id, config.enc_token_id, config.dec_token_id)
+        words = text.looked_up(self.encoder.embeddings.word, starts)
+        text_feat = self.text_features(words)
         if update_state:
             self.twin.update(self, self.momentum)
         image_feat_m, text_feat_m = self.twin.features(pixel_values, text)
@@ -112,22 +115,38 @@ class BlipForPretraining(Blip):
                 seed=seed,
                 step=step,
             )
-        itm_logits, loss_lm = self.ground(image_embeds, text, negatives)
+        itm_logits, loss_lm = self.ground(image_embeds, text, negatives, words)
         loss_itm = itm_loss(itm_logits, negatives)
         return PretrainOutput(loss_itc, loss_itm, loss_lm, itm_logits, negatives)
 
     def ground(
-        self, image_embeds: Tensor, text: PackedText, negatives: Negatives
+        self,
+        image_embeds: Tensor,
+        text: PackedText,
+        negatives: Negatives,
+        words: PackedText | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """ITM logits `(3B, 2)` and the LM loss, by one pass of 3B encoded and B decoded texts."""
+        """ITM logits `(3B, 2)` and the LM loss, by one pass of 3B encoded and B decoded texts.
+
+        words: the same texts with their words looked up.
+        """
         batch = image_embeds.shape[0]
-        itm_text, itm_images = itm_pairs(text, negatives, range(batch))
-        encoder_stream = self.grounded_stream(itm_text, itm_images, first_only=True)
-        inputs, labels = text.shifted()
-        decoder_stream = self.decoder_stream(inputs, range(batch))
-        states = self.image_states(image_embeds)
-        first, decoded = run_streams([encoder_stream, decoder_stream], states)
-        loss_lm = lm_loss(decoded, labels, self.lm_head, label_smoothing=self.label_smoothing)
+        encoded = words or text
+        shared = self.decoder.embeddings is self.encoder.embeddings
+        decoded = encoded if shared else text
+        itm_text, itm_images = itm_pairs(encoded, negatives, range(batch))
+        streams = [
+            self.grounded_stream(itm_text, itm_images, first_only=True),
+            self.decoder_stream(decoded.shifted()[0], range(batch)),
+        ]
+        first, hidden = run_streams(streams, self.image_states(image_embeds))
+        loss_lm = lm_loss(
+            hidden,
+            text.shifted()[1],
+            self.lm_head,
+            weight=decoded.words.table if decoded.words else None,
+            label_smoothing=self.label_smoothing,
+        )
         return self.itm_head(first), loss_lm
 
 

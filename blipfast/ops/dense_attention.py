@@ -1,0 +1,63 @@
+"""Scaled dot product attention over dense `(B, H, L, head_dim)` tensors, where each CPU is fast.
+
+PyTorch's own is used but for training on a CPU in bf16 and fp16: there its backward takes several
+times as long as the matrix products it consists of (torch 2.13, BLIP's shapes). With AMX, bf16 is
+then computed from the formula, whose probabilities are kept for the backward; else in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+) -> Tensor:
+    """`softmax(q k^T / sqrt(head_dim)) v`.
+
+    q: `(B, H, L, head_dim)`; k, v: `(B, H, S, head_dim)`, any float dtype. Returns q's shape.
+    attn_mask: bool, True for a key to look at, broadcastable to `(B, H, L, S)`; a row without any
+    gives 0. is_causal: queries see keys up to their own place; not together with attn_mask.
+    """
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    low = q.dtype in (torch.bfloat16, torch.float16)
+    if q.device.type != "cpu" or not low or not wants_grad or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal)
+    with torch.autocast("cpu", enabled=False):
+        if q.dtype == torch.bfloat16 and _has_amx():
+            return _from_formula(q, k, v, attn_mask, dropout_p, is_causal)
+        out = F.scaled_dot_product_attention(
+            q.float(), k.float(), v.float(), attn_mask, dropout_p, is_causal
+        )
+    return out.to(q.dtype)
+
+
+def _from_formula(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool
+) -> Tensor:
+    scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        # Finite, so that a row without keys stays free of NaN; then all of it counts for nothing.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    probs = scores.softmax(-1)
+    if mask is not None and not is_causal:
+        probs = probs.masked_fill(~mask, 0.0)
+    return F.dropout(probs, dropout_p) @ v
+
+
+@functools.cache
+def _has_amx() -> bool:
+    check = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return check is not None and bool(check())
