@@ -14,7 +14,7 @@ from blipfast.errors import ConfigError, ShapeError
 from blipfast.models.config import BlipConfig, TextConfig
 from blipfast.models.text import CrossStates, LMHead, TextStream, TextTransformer, run_streams
 from blipfast.models.vit import VisionTransformer
-from blipfast.ops.linear import look_up, tied_table
+from blipfast.ops.linear import TiedTable
 from blipfast.ops.packing import Packing
 
 
@@ -23,12 +23,12 @@ class WordRows:
     """The word embeddings of a batch, looked up once for all passes over its texts.
 
     rows: `(T + special, D)`, the texts' tokens and then the special ones. places: the row of each.
-    table: `(V, D)`, what they were looked up in, for the tied output projection.
+    table: what they were looked up in, which may weigh the output too.
     """
 
     rows: Tensor
     places: dict[int, int]
-    table: Tensor
+    table: TiedTable
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class PackedText:
     def looked_up(self, word: nn.Embedding, special: Sequence[int]) -> PackedText:
         """The same texts with their words looked up, and the tokens they may start with."""
         extra = torch.tensor(special, device=self.input_ids.device)
-        table = tied_table(word.weight)
-        rows = look_up(torch.cat([self.input_ids, extra]), table)
+        table = TiedTable(word.weight)
+        rows = table.look_up(torch.cat([self.input_ids, extra]))
         total = self.packing.total
         places = {token_id: total + i for i, token_id in enumerate(special)}
         numbers = torch.arange(total, device=self.input_ids.device)
@@ -155,9 +155,11 @@ class Blip(nn.Module):
         """The decoder's prediction head."""
         return _required(self.decoder.lm_head, "prediction head")
 
-    def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """`(B, 3, image_size, image_size)` to `image_embeds (B, S, D)`."""
-        return self.visual_encoder(pixel_values)
+    def encode_image(self, pixel_values: Tensor, *, first_only: bool = False) -> Tensor:
+        """`(B, 3, image_size, image_size)` to `image_embeds (B, S, D)`; the CLS token's `(B, 1, D)`
+        with `first_only`, which is all that `image_features` looks at.
+        """
+        return self.visual_encoder(pixel_values, first_only=first_only)
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
         """Unit vectors `(B, embed_dim)` of the CLS tokens, in the contrastive space."""

@@ -25,11 +25,18 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, S, D)
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, S, head_dim) each
-        out = dense_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+        return self.proj(dense_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def first_token(self, x: Tensor) -> Tensor:
+        """`(B, S, D)` to the output of the first token alone, `(B, 1, D)`."""
+        width = x.shape[-1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(x[:, :1], weight[:width], bias[:width]).unflatten(-1, (self.num_heads, -1))
+        kv = F.linear(x, weight[width:], bias[width:]).unflatten(-1, (2, self.num_heads, -1))
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        return self.proj(dense_attention(q.transpose(1, 2), k, v).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -52,8 +59,10 @@ class Block(nn.Module):
         self.mlp = Mlp(config)
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self._maybe_drop(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, first_only: bool = False) -> Tensor:
+        attn = self.attn.first_token if first_only else self.attn
+        branch = attn(self.norm1(x))
+        x = (x[:, :1] if first_only else x) + self._maybe_drop(branch)
         return x + self._maybe_drop(self.mlp(self.norm2(x)))
 
     def _maybe_drop(self, branch: Tensor) -> Tensor:
@@ -98,8 +107,11 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(_init_weights)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Raises ShapeError when the images are not of the configured size."""
+    def forward(self, pixel_values: Tensor, *, first_only: bool = False) -> Tensor:
+        """Raises ShapeError when the images are not of the configured size.
+
+        first_only: only the CLS token is wanted, `(B, 1, D)`; the last block stops there.
+        """
         size = self.config.image_size
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise ShapeError(
@@ -111,10 +123,11 @@ class VisionTransformer(nn.Module):
         x = torch.cat([cls_token, x], dim=1) + self.pos_embed.to(x.dtype)
         first_recomputed = len(self.blocks) - self.gradient_checkpointing
         for i, block in enumerate(self.blocks):
+            last = first_only and i == len(self.blocks) - 1
             if self.training and i >= first_recomputed:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, last, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, last)
         return self.norm(x)
 
 

@@ -37,8 +37,7 @@ def lm_loss(
         hidden: `(T, D)` decoder states.
         labels: `(T,)` int64, the token after each (`lm_labels`), or -100 where none counts.
         head: the decoder's prediction head.
-        weight: `(V, D)` in place of the head's own, where it is tied to a table in use
-            (`ops.linear.tied_table`).
+        weight: `(V, D)` in place of the head's own, where a `ops.linear.TiedTable` is in use.
         label_smoothing: 0.1 in all of BLIP, in scores too.
         reduction: "mean" over the labels that count, "sum", or "none" for `(T,)` losses.
         impl: backend of `linear_cross_entropy`.

@@ -36,4 +36,5 @@ class MomentumTwin(Blip):
     @torch.no_grad()
     def features(self, pixel_values: Tensor, text: PackedText) -> tuple[Tensor, Tensor]:
         """Unit features of images and texts, `(B, embed_dim)` and `(N, embed_dim)`."""
-        return self.image_features(self.encode_image(pixel_values)), self.text_features(text)
+        embeds = self.encode_image(pixel_values, first_only=True)
+        return self.image_features(embeds), self.text_features(text)

@@ -45,25 +45,59 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def tied_table(weight: Tensor) -> Tensor:
-    """An embedding table for all of a step's uses: lookups by `look_up`, and as output weight.
+class TiedTable:
+    """A word table `(V, D)` for all uses of a step: rows are looked up, and it weighs the output.
 
-    Its gradient, the sum of all uses, is formed once and is dense.
+    weight: the table as the output layer should use it. Its gradient is formed once, dense: that of
+    the output layer, to which the looked-up rows' is added in place.
     """
-    return _DenseGradient.apply(weight)
+
+    def __init__(self, weight: Tensor) -> None:
+        self._rows: list[tuple[Tensor, Tensor]] = []
+        self.weight: Tensor = _Table.apply(weight, self._rows)
+
+    def look_up(self, input_ids: Tensor) -> Tensor:
+        """`F.embedding`: `(...)` int64 to `(..., D)`."""
+        if self.weight.device.type != "cpu":  # where its backward sorts, so that sums are repeatable
+            return F.embedding(input_ids, self.weight)
+        return _LookUp.apply(self.weight, input_ids, self._rows)
 
 
-def look_up(input_ids: Tensor, table: Tensor) -> Tensor:
-    """Rows of a `tied_table`; on a CPU their gradient joins the table's without a table of zeros."""
-    return F.embedding(input_ids, table, sparse=table.device.type == "cpu")
-
-
-class _DenseGradient(torch.autograd.Function):
+class _LookUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, table: Tensor, input_ids: Tensor, rows: list[Any]) -> Tensor:
+        ctx.save_for_backward(input_ids)
+        ctx.rows = rows
+        return F.embedding(input_ids, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        (input_ids,) = ctx.saved_tensors
+        ctx.rows.append((input_ids, grad))  # autograd runs the table's node after all its users
+        return None, None, None
+
+
+class _Table(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rows: list[Any]) -> Tensor:
+        ctx.rows, ctx.like = rows, weight.detach()
+        ctx.set_materialize_grads(False)
         return weight.view_as(weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.to_dense() if grad.is_sparse else grad
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor, None]:
+        if grad is None:
+            grad = torch.zeros_like(ctx.like)
+        elif _graph_is_kept():
+            grad = grad.clone()  # a node may hand out the same tensor in the next backward
+        while ctx.rows:
+            input_ids, rows = ctx.rows.pop()
+            grad.index_add_(0, input_ids.flatten(), rows.flatten(0, -2).to(grad.dtype))
+        return grad, None
+
+
+def _graph_is_kept() -> bool:
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())

@@ -144,7 +144,7 @@ class BlipForPretraining(Blip):
             hidden,
             text.shifted()[1],
             self.lm_head,
-            weight=decoded.words.table if decoded.words else None,
+            weight=decoded.words.table.weight if decoded.words else None,
             label_smoothing=self.label_smoothing,
         )
         return self.itm_head(first), loss_lm
