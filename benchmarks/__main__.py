@@ -35,20 +35,16 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
+    parts, status = [], 0
     with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "raw.json"
-        done = subprocess.run(
-            [
-                *(sys.executable, "-P", "-m", "pytest", "-q", "--import-mode=importlib"),
-                *("-p", "no:cacheprovider", f"--benchmark-json={raw}", "--benchmark-quiet"),
-                *(str(HERE / f"bench_{name}.py") for name in arguments.only),
-            ],
-            cwd=HERE.parent,
-            check=False,
-        )
-        if not raw.exists():
-            return done.returncode or 1
-        results = digest(json.loads(raw.read_text()))
+        for name in arguments.only:  # each in a process of its own, so that none inherits a heap
+            raw = Path(folder) / f"{name}.json"
+            status |= run_file(HERE / f"bench_{name}.py", raw)
+            if raw.exists():
+                parts.append(json.loads(raw.read_text()))
+    if not parts:
+        return status or 1
+    results = digest(parts)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{slug(results['machine']['cpu'])}.json"
     if path.exists() and arguments.only != NAMES:
@@ -56,11 +52,21 @@ def main() -> int:
     path.write_text(json.dumps(results, indent=1) + "\n")
     page = write_page(results, path.with_suffix(""))
     print(f"\n{path}\n{page}")
-    return done.returncode
+    return status
 
 
-def digest(raw: dict[str, Any]) -> dict[str, Any]:
-    """What a reader needs of pytest-benchmark's output, and what machine and versions it is of."""
+def run_file(path: Path, raw: Path) -> int:
+    """Times what one file compares, into pytest-benchmark's JSON; returns pytest's status."""
+    command = [
+        *(sys.executable, "-P", "-m", "pytest", "-q", "--import-mode=importlib"),
+        *("-p", "no:cacheprovider", f"--benchmark-json={raw}", "--benchmark-quiet", str(path)),
+    ]
+    return subprocess.run(command, cwd=HERE.parent, check=False).returncode
+
+
+def digest(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a reader needs of pytest-benchmark's outputs, and what machine and versions it is of."""
+    raw = parts[0]
     rows = [
         Row(
             group=entry["group"],
@@ -71,7 +77,8 @@ def digest(raw: dict[str, Any]) -> dict[str, Any]:
             rounds=entry["stats"]["rounds"],
             extra={k: v for k, v in entry["extra_info"].items() if k != "code"},
         )
-        for entry in raw["benchmarks"]
+        for part in parts
+        for entry in part["benchmarks"]
     ]
     return {
         "command": "python -m benchmarks",

@@ -35,7 +35,8 @@ def write_page(results: dict[str, Any], stem: Path) -> Path:
         "",
         f"`{results['command']}`; {machine['capability']}; "
         + ", ".join(f"{name} {number}" for name, number in versions.items())
-        + ". Random weights, base size; medians; each pair gave equal results before it was timed.",
+        + ". Random weights, base size; medians; each pair gave equal results before it was timed; "
+        "freed memory is kept for all (`blipfast.environment.keep_freed_memory`).",
         "",
         f"![times]({stem.name}.svg)",
         "",

@@ -8,6 +8,7 @@ import sys
 
 from blipfast.demo.main_job import run_demo
 from blipfast.demo.settings import DemoSettings
+from blipfast.environment import keep_freed_memory
 from blipfast.errors import BlipfastError
 
 
@@ -20,6 +21,7 @@ def main() -> int:
     for field in dataclasses.fields(DemoSettings):
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, type=type(field.default), default=field.default)
+    keep_freed_memory()
     try:
         result = run_demo(DemoSettings(**vars(parser.parse_args())))
     except BlipfastError as error:

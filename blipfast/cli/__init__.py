@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from blipfast.environment import keep_freed_memory
 from blipfast.errors import BlipfastError, ConfigError
 
 # Name -> what it is for. The module has the name of the subcommand.
@@ -40,6 +41,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand and returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # a program of its own, not a call from another
+        keep_freed_memory()
     try:
         status = _run(arguments)
         sys.stdout.flush()  # here, where a reader that went away can still be dealt with

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -206,7 +206,7 @@ class Blip(nn.Module):
         return module.cross_states(image_embeds, project=project)
 
 
-def _stream(transformer: TextTransformer, text: PackedText, **options: object) -> TextStream:
+def _stream(transformer: TextTransformer, text: PackedText, **options: Any) -> TextStream:
     rows = text.words.rows if text.words else None
     return transformer.stream(text.input_ids, text.packing, words=rows, **options)
 

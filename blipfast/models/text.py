@@ -22,7 +22,7 @@ from blipfast.errors import ConfigError, ShapeError
 from blipfast.models.config import Sharing, TextConfig
 from blipfast.ops.attention import CrossPlan, cross_attention, varlen_attention
 from blipfast.ops.linear import linear
-from blipfast.ops.packing import Packing, gather_rows
+from blipfast.ops.packing import Packing, SharedPrefixes, gather_rows
 
 KeyValue = tuple[Tensor, Tensor]  # (B, H, S, head_dim) each
 
@@ -73,10 +73,20 @@ class SelfAttention(nn.Module):
         """`(..., D)` to q, k and v, `(..., 3, H, head_dim)`."""
         return self.qkv(hidden).unflatten(-1, (3, self.num_heads, -1))
 
-    def forward(self, hidden: Tensor, packing: Packing, causal: bool) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        packing: Packing,
+        causal: bool,
+        prefixes: SharedPrefixes | None = None,
+    ) -> Tensor:
         dropout_p = self.attention_dropout if self.training else 0.0
         qkv = self.project(hidden)
+        if prefixes is not None:
+            qkv, packing = qkv.index_select(0, prefixes.nodes), prefixes.texts
         out = varlen_attention(qkv, packing, causal=causal, dropout_p=dropout_p)
+        if prefixes is not None:
+            out = out.index_select(0, prefixes.first)
         return self.out(out.flatten(-2), hidden)
 
 
@@ -151,7 +161,12 @@ class FeedForward(nn.Module):
         self.out = _Residual(config, config.intermediate_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.out(F.gelu(self.intermediate(hidden)), hidden)
+        return self.out(_gelu(self.intermediate(hidden)), hidden)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """In place where nothing is kept: fresh memory for the widest activation costs page faults."""
+    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
 
 
 class TextLayer(nn.Module):
@@ -230,18 +245,26 @@ class TextTransformer(nn.Module):
                 mine.self_attention = theirs.self_attention
 
     def stream(
-        self, input_ids: Tensor, packing: Packing, words: Tensor | None = None, **options: object
+        self,
+        input_ids: Tensor,
+        packing: Packing,
+        *,
+        words: Tensor | None = None,
+        positions: Tensor | None = None,
+        **options: object,
     ) -> TextStream:
         """A `TextStream` of packed `input_ids (T,)`; raises ShapeError if a text is too long.
 
         words: `(U, D)` word embeddings looked up before, which `input_ids` then number.
+        positions: `(T,)`, where they are not simply counted from each text's start.
         """
-        if packing.max_seqlen > self.config.max_positions:
+        if positions is None and packing.max_seqlen > self.config.max_positions:
             raise ShapeError(
                 f"a text has {packing.max_seqlen} tokens, but the model "
                 f"{self.config.max_positions} positions: truncate it when tokenising"
             )
-        hidden = self.embeddings(input_ids, packing.positions, words)
+        positions = packing.positions if positions is None else positions
+        hidden = self.embeddings(input_ids, positions, words)
         return TextStream(self, hidden, packing, **options)  # type: ignore[arg-type]
 
     def cross_states(
@@ -288,6 +311,7 @@ class TextStream:
     hidden: `(T, D)`, embedded. causal: decoded rather than encoded.
     kv_index: for each text the image it looks at; None for a text on its own.
     first_only: only each text's first token is wanted ([CLS], [ENC]); the last layer stops there.
+    prefixes: `hidden` holds nodes that several texts share, packed by what they look at.
     """
 
     text: TextTransformer
@@ -296,6 +320,7 @@ class TextStream:
     causal: bool = False
     kv_index: Sequence[int] | None = None
     first_only: bool = False
+    prefixes: SharedPrefixes | None = None
 
 
 def run_streams(streams: Sequence[TextStream], states: CrossStates | None = None) -> list[Tensor]:
@@ -312,7 +337,7 @@ def run_streams(streams: Sequence[TextStream], states: CrossStates | None = None
     for i in range(num_layers):
         layers = [s.text.layers[i] for s in streams]
         parts = [
-            layer.self_attention(part, s.packing, s.causal)  # type: ignore[operator]
+            layer.self_attention(part, s.packing, s.causal, s.prefixes)  # type: ignore[operator]
             for layer, part, s in zip(layers, _split(hidden, streams), streams, strict=True)
         ]
         if i == num_layers - 1 and any(s.first_only for s in streams):

@@ -16,7 +16,8 @@ IGNORE = -100
 class PredictionHead(Protocol):
     """What `lm_loss` needs of a head: logits are `decoder(transform(hidden))`."""
 
-    decoder: nn.Linear
+    @property
+    def decoder(self) -> nn.Linear: ...
 
     def transform(self, hidden: Tensor) -> Tensor: ...
 

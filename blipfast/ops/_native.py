@@ -32,7 +32,7 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} does not load beside torch {torch.__version__}: {error}"
-    if not hasattr(torch.ops.blipfast_native, "softmax_mean"):
+    if not hasattr(torch.ops.blipfast_native, "varlen_attention"):
         return f"{LIBRARY.name} is of another version of blipfast; build it again (make native)"
     _register_fakes()
     return None
@@ -43,6 +43,10 @@ def _register_fakes() -> None:
     def _(rows: Tensor, keys: Tensor, temperature: Tensor, amx: bool) -> tuple[Tensor, Tensor]:
         mean = rows.new_empty(rows.shape, dtype=torch.float32)
         return mean.new_empty(rows.shape[0]), mean
+
+    @torch.library.register_fake("blipfast_native::varlen_attention")
+    def _(qkv: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
+        return qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
 
 
 def why_not(tensor: Tensor | None = None) -> str | None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipfast.errors import ShapeError
-from blipfast.ops import _triton
+from blipfast.ops import _native, _triton
 from blipfast.ops._dispatch import Backends
 from blipfast.ops.dense_attention import dense_attention
 from blipfast.ops.packing import Packing, gather_rows, scatter_rows
@@ -48,6 +48,26 @@ def varlen_attention(
     if qkv.shape[0] == 0:
         return qkv[:, 0].clone()
     return varlen_backends(qkv, impl)(qkv, packing, causal, dropout_p)
+
+
+# Above this, padded batches and matrix products are the better use of a CPU.
+_SHORT = 32
+
+
+def _native_why_not(qkv: Tensor) -> str | None:
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        return "the C++ operator has no backward"
+    return _native.why_not(qkv)
+
+
+@varlen_backends.register("native", _native_why_not)
+def _varlen_native(qkv: Tensor, packing: Packing, causal: bool, dropout_p: float) -> Tensor:
+    """Short texts without padding, a head of a text at a time; what it is not for goes to SDPA."""
+    if dropout_p > 0.0 or packing.max_seqlen > _SHORT:
+        return _varlen_torch(qkv, packing, causal, dropout_p)
+    run = torch.ops.blipfast_native.varlen_attention
+    out: Tensor = run(qkv.contiguous(), packing.cu_seqlens, causal)
+    return out
 
 
 @varlen_backends.register("torch")

@@ -20,10 +20,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Under autocast it is `F.linear`, which casts a weight once for all uses.
     """
-    plain = torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()
-    if plain or not (torch.is_grad_enabled() and weight.requires_grad):
+    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias)
+    if torch.is_grad_enabled() and weight.requires_grad:
+        return _Linear.apply(x, weight, bias)
+    if _runs_on_one_thread(x, weight):
+        pieces = -(-x.shape[0] // _GOOD_ROWS)
+        return torch.cat([F.linear(part, weight, bias) for part in x.chunk(pieces)])
+    return F.linear(x, weight, bias)
+
+
+# Of two threads oneDNN (3.x, torch 2.13) leaves one idle between these row counts, at BERT's width.
+_GOOD_ROWS, _BAD_ROWS, _BAD_OUT_FEATURES = 640, 1408, 1024
+
+
+def _runs_on_one_thread(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.dim() == 2
+        and _GOOD_ROWS < x.shape[0] < _BAD_ROWS
+        and weight.shape[0] <= _BAD_OUT_FEATURES
+        and x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and torch.get_num_threads() == 2
+        and not torch.is_grad_enabled()
+    )
 
 
 class _Linear(torch.autograd.Function):
@@ -58,7 +78,9 @@ class TiedTable:
 
     def look_up(self, input_ids: Tensor) -> Tensor:
         """`F.embedding`: `(...)` int64 to `(..., D)`."""
-        if self.weight.device.type != "cpu":  # where its backward sorts, so that sums are repeatable
+        if (
+            self.weight.device.type != "cpu"
+        ):  # where its backward sorts, so that sums are repeatable
             return F.embedding(input_ids, self.weight)
         return _LookUp.apply(self.weight, input_ids, self._rows)
 

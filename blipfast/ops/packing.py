@@ -138,6 +138,19 @@ class Packing:
         return Packing(self.lengths + other.lengths, self.device)
 
 
+@dataclass(frozen=True)
+class SharedPrefixes:
+    """Causal texts whose common prefixes exist once, as nodes.
+
+    texts: the packing of the whole texts, `T` tokens. nodes: `(T,)` int64, each token's node among
+    `U`. first: `(U,)` int64, a token of each node.
+    """
+
+    texts: Packing
+    nodes: Tensor
+    first: Tensor
+
+
 class _GatherRows(torch.autograd.Function):
     """Rows at distinct indices, so that the backward is a plain copy, without atomics."""
 

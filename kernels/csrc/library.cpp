@@ -7,6 +7,7 @@
 
 #include "isa.h"
 #include "softmax_mean.h"
+#include "varlen_attention.h"
 
 namespace {
 
@@ -26,6 +27,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(blipfast_native, m) {
   m.def("amx_bf16() -> bool");
   m.def(
       "softmax_mean(Tensor rows, Tensor keys, Tensor temperature, bool amx) -> (Tensor, Tensor)");
+  m.def("varlen_attention(Tensor qkv, Tensor cu_seqlens, bool causal) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(blipfast_native, CompositeExplicitAutograd, m) {
@@ -35,4 +37,5 @@ STABLE_TORCH_LIBRARY_IMPL(blipfast_native, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(blipfast_native, CPU, m) {
   m.impl("softmax_mean", TORCH_BOX(&blipfast::softmax_mean));
+  m.impl("varlen_attention", TORCH_BOX(&blipfast::varlen_attention));
 }

@@ -95,7 +95,7 @@ def test_page_and_json(tmp_path: Path) -> None:
         "machine_info": {"cpu": {"brand_raw": "A CPU"}},
         "benchmarks": [entry("work", "blipfast", 0.5), entry("work", "transformers", 2.0)],
     }
-    results = json.loads(json.dumps(digest(raw)))
+    results = json.loads(json.dumps(digest([raw])))
     page = write_page(results, tmp_path / slug("A CPU")).read_text()
     assert "| work | transformers | 2.000 | 2.000 to 2.000 | 4.00 | pairs 64 |" in page
     assert "A CPU" in page

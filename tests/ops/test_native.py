@@ -14,6 +14,8 @@ from torch import Tensor
 
 from blipfast.errors import BackendError, ShapeError
 from blipfast.ops import _native
+from blipfast.ops.attention import varlen_attention, varlen_attention_reference
+from blipfast.ops.packing import Packing
 
 # A machine without cmake or a compiler has no library; the loader's own tests run everywhere.
 needs_library = pytest.mark.skipif(
@@ -28,6 +30,9 @@ SHAPES = [
     (90, [7, 1, 2500], 256),
     (530, [700], 64),
 ]
+
+# Texts of each kind: empty, of one token, longer than a vector of keys.
+RAGGED = [[3], [1, 1], [5, 2, 7, 1], [4, 0, 6], [0, 0, 3], [1] * 40, [32, 17, 16, 15]]
 
 
 def exact(rows: Tensor, keys: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,3 +270,45 @@ def test_only_cpu_tensors_of_known_dtypes() -> None:
     assert _native.why_not(torch.empty(1)) is None
     assert "on meta" in str(_native.why_not(torch.empty(1, device="meta")))
     assert "float16" in str(_native.why_not(torch.empty(1, dtype=torch.float16)))
+
+
+@needs_library
+@pytest.mark.parametrize("head_dim", [8, 40, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", RAGGED)
+def test_varlen_attention(
+    lengths: list[int], causal: bool, dtype: torch.dtype, head_dim: int
+) -> None:
+    torch.manual_seed(0)
+    packing = Packing.from_lengths(lengths)
+    qkv = (3 * torch.randn(packing.total, 3, 2, head_dim)).to(dtype)
+    ours = varlen_attention(qkv, packing, causal=causal, impl="native")
+    plain = varlen_attention_reference(qkv, packing, causal)
+    exact = varlen_attention_reference(qkv.double(), packing, causal)
+    assert ours.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    allowed = 2 * (plain.double() - exact).abs().max() + 8 * eps * exact.abs().max()
+    assert (ours.double() - exact).abs().max() <= allowed
+
+
+@needs_library
+def test_varlen_attention_keeps_nan_to_its_text() -> None:
+    packing = Packing.from_lengths([3, 5, 2])
+    qkv = torch.randn(10, 3, 2, 8)
+    qkv[4] = float("nan")
+    out = varlen_attention(qkv, packing, impl="native")
+    assert out[3:8].isnan().any()
+    assert not out[:3].isnan().any()
+    assert not out[8:].isnan().any()
+
+
+@needs_library
+def test_varlen_attention_refuses_gradients_and_bad_offsets() -> None:
+    packing = Packing.from_lengths([3])
+    with pytest.raises(BackendError, match="no backward"):
+        varlen_attention(torch.randn(3, 3, 2, 8, requires_grad=True), packing, impl="native")
+    with pytest.raises(RuntimeError, match="must rise from 0 to the 3 tokens"):
+        torch.ops.blipfast_native.varlen_attention(
+            torch.randn(3, 3, 2, 8), torch.tensor([0, 4], dtype=torch.int32), False
+        )

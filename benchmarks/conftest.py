@@ -1,0 +1,7 @@
+"""One allocator for every code that is timed."""
+
+from __future__ import annotations
+
+from blipfast.environment import keep_freed_memory
+
+KEEPS_MEMORY = keep_freed_memory()

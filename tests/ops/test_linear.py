@@ -1,0 +1,74 @@
+"""Linear layers and word tables used several times in a step: the gradients of plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blipfast.ops.linear import TiedTable, linear
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("uses", [1, 3])
+def test_linear_equals_torch(shape: tuple[int, ...], bias: bool, uses: int) -> None:
+    torch.manual_seed(0)
+    x, weight, b = torch.randn(*shape), torch.randn(4, 6), torch.randn(4)
+    leaves = [t.double().requires_grad_() for t in ((x, weight, b) if bias else (x, weight))]
+
+    def loss(layer: Callable[..., Tensor]) -> Tensor:
+        inputs, *rest = leaves
+        return sum(layer(inputs * (i + 1), *rest).sin().sum() for i in range(uses))  # type: ignore[return-value]
+
+    ours, theirs = (torch.autograd.grad(loss(f), leaves) for f in (linear, F.linear))
+    for a, b_ in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b_, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [640, 641, 880, 1407, 1408])
+def test_linear_in_pieces_is_whole(rows: int) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(rows, 16), torch.randn(8, 16), torch.randn(8)
+    x, weight, bias = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
+    with torch.no_grad():
+        out = linear(x, weight, bias)
+    assert out.shape == (rows, 8)
+    torch.testing.assert_close(out, F.linear(x, weight, bias), atol=0.02, rtol=0.02)
+
+
+def test_linear_under_autocast_casts() -> None:
+    x, weight = torch.randn(3, 6), torch.randn(4, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("output_layer", [True, False])
+def test_tied_table_sums_all_uses(output_layer: bool) -> None:
+    """Two lookups with repeats, and the table as output weight, or without it."""
+    torch.manual_seed(0)
+    first, second = torch.tensor([1, 1, 4]), torch.tensor([[0, 4], [1, 6]])
+
+    def loss(look_up: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+        a, b = look_up(first), look_up(second)
+        total = a.sin().sum() + b.cos().sum()
+        return total + F.linear(a * 2, weight).exp().sum() if output_layer else total
+
+    leaf = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    table = TiedTable(leaf)
+    (ours,) = torch.autograd.grad(loss(table.look_up, table.weight), leaf)
+    (theirs,) = torch.autograd.grad(loss(lambda ids: F.embedding(ids, leaf), leaf), leaf)
+    assert ours.layout == torch.strided
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+def test_tied_table_with_a_kept_graph() -> None:
+    """A second backward gives the same, though the first wrote into the gradient it was given."""
+    leaf = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    table = TiedTable(leaf)
+    out = linear(table.look_up(torch.tensor([2, 2, 3])), table.weight).sin().sum()
+    once, twice = (torch.autograd.grad(out, leaf, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(once, twice, atol=0, rtol=0)
