@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from blipfast.errors import ConfigError, ShapeError
 from blipfast.models.text import CrossAttention, CrossStates, TextLayer, TextTransformer
+from blipfast.ops.linear import few_rows_linear
 
 Cross = Literal["auto", "absorbed", "projected"]
 _Pair = tuple[Tensor, Tensor]  # weight and bias
-_FEW_ROWS, _BLOCK = 64, 64  # measured on two cores with AMX
 
 
 @dataclass(frozen=True)
@@ -194,27 +194,27 @@ class IncrementalDecoder:
         x = (F.embedding(token_ids, self._word) + place).to(self.dtype)
         x = torch.layer_norm(x, (width,), *self._embed_norm, eps)
         for i, layer in enumerate(self._layers):
-            qkv = _linear(x, layer.qkv).view(*token_ids.shape, 3, heads, width // heads)
+            qkv = few_rows_linear(x, *layer.qkv).view(*token_ids.shape, 3, heads, width // heads)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, n, head_dim) each
             keys, values = self._cache[i]
             keys[:, :, slots], values[:, :, slots] = k, v
             out = F.scaled_dot_product_attention(
                 q, keys[:, :, : slots.stop], values[:, :, : slots.stop], attn_mask=mask
             )
-            out = _linear(out.transpose(1, 2).flatten(2), layer.self_out)
+            out = few_rows_linear(out.transpose(1, 2).flatten(2), *layer.self_out)
             x = torch.layer_norm(x + out, (width,), *layer.self_norm, eps)
-            q = _linear(x, layer.query).view(*token_ids.shape, heads, width // heads)
-            out = _linear(self._cross.attend(i, layer, q.transpose(1, 2)), layer.cross_out)
+            q = few_rows_linear(x, *layer.query).view(*token_ids.shape, heads, width // heads)
+            out = few_rows_linear(self._cross.attend(i, layer, q.transpose(1, 2)), *layer.cross_out)
             x = torch.layer_norm(x + out, (width,), *layer.cross_norm, eps)
-            out = _linear(F.gelu(_linear(x, layer.up)), layer.down)
+            out = few_rows_linear(few_rows_linear(x, *layer.up, gelu=True), *layer.down)
             x = torch.layer_norm(x + out, (width,), *layer.norm, eps)
         return x
 
     def _logits(self, hidden: Tensor) -> Tensor:
         dense, norm = self._head
-        x = F.gelu(_linear(hidden, dense))
+        x = few_rows_linear(hidden, *dense, gelu=True)
         x = F.layer_norm(x, (self.config.hidden_size,), *norm, self.config.layer_norm_eps)
-        logits = _linear(x, self._vocab)
+        logits = few_rows_linear(x, *self._vocab)
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         return logits.to(dtype)
 
@@ -240,41 +240,6 @@ class IncrementalDecoder:
             k, v = kv.permute(2, 0, 3, 1, 4)
             projected.append((k, v))
         return _Projected(projected, bias)
-
-
-def _linear(x: Tensor, pair: _Pair) -> Tensor:
-    """`x (..., D)` to `(..., O)`, as `F.linear`.
-
-    A step has few rows and is bound by reading the weights, which F.linear has repacked at each
-    call: MKL not in batches of small products, oneDNN not where the weight is the left operand.
-    """
-    weight, bias = pair
-    if not _few_rows(x) or not weight.is_contiguous():
-        return F.linear(x, weight, bias)
-    rows = x.flatten(0, -2)
-    if weight.element_size() >= 4:
-        return _by_blocks(rows, weight, bias).view(*x.shape[:-1], -1)
-    product = torch.mm(weight, rows.t())
-    out = rows.new_empty(rows.shape[0], weight.shape[0])
-    return torch.add(product.t(), bias, out=out).view(*x.shape[:-1], -1)
-
-
-def _by_blocks(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    size, width = weight.shape
-    whole = size - size % _BLOCK
-    out = rows.new_empty(rows.shape[0], size)
-    if whole:
-        blocks = weight[:whole].view(-1, _BLOCK, width).transpose(1, 2)
-        batch = rows.expand(blocks.shape[0], -1, -1)
-        part = torch.baddbmm(bias[:whole].view(-1, 1, _BLOCK), batch, blocks)
-        out[:, :whole].view(-1, blocks.shape[0], _BLOCK).copy_(part.transpose(0, 1))
-    if whole < size:
-        out[:, whole:] = F.linear(rows, weight[whole:], bias[whole:])
-    return out
-
-
-def _few_rows(x: Tensor) -> bool:
-    return x.is_cpu and x.shape[-1] < x.numel() <= _FEW_ROWS * x.shape[-1]
 
 
 def _pair(module: nn.Module, dtype: torch.dtype) -> _Pair:

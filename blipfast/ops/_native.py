@@ -32,7 +32,7 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} does not load beside torch {torch.__version__}: {error}"
-    if not hasattr(torch.ops.blipfast_native, "varlen_attention"):
+    if not hasattr(torch.ops.blipfast_native, "few_rows_linear"):
         return f"{LIBRARY.name} is of another version of blipfast; build it again (make native)"
     _register_fakes()
     return None
@@ -43,6 +43,10 @@ def _register_fakes() -> None:
     def _(rows: Tensor, keys: Tensor, temperature: Tensor, amx: bool) -> tuple[Tensor, Tensor]:
         mean = rows.new_empty(rows.shape, dtype=torch.float32)
         return mean.new_empty(rows.shape[0]), mean
+
+    @torch.library.register_fake("blipfast_native::few_rows_linear")
+    def _(rows: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+        return rows.new_empty(rows.shape[0], weight.shape[0])
 
     @torch.library.register_fake("blipfast_native::varlen_attention")
     def _(qkv: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
@@ -58,14 +62,20 @@ def why_not(tensor: Tensor | None = None) -> str | None:
     return _load()
 
 
+def amx() -> bool:
+    """Whether the operators are there, and the processor's AMX for bfloat16 may be used."""
+    if _load() is not None or os.environ.get(AMX_ENV_VAR) == "0":
+        return False
+    return bool(torch.ops.blipfast_native.amx_bf16())
+
+
 def status() -> str:
     """One line for people: what was loaded, and at which instruction set it runs."""
     reason = _load()
     if reason is not None:
         return f"no native CPU operators: {reason}"
     level = _ISA_NAMES[int(torch.ops.blipfast_native.isa_level())]
-    amx = torch.ops.blipfast_native.amx_bf16() and os.environ.get(AMX_ENV_VAR) != "0"
-    return f"native CPU operators loaded ({level}{', AMX bf16' if amx else ''})"
+    return f"native CPU operators loaded ({level}{', AMX bf16' if amx() else ''})"
 
 
 def native_online_softmax(
@@ -104,8 +114,7 @@ def native_online_softmax(
         rows = torch.cat([rows.to(dtype), teacher_query.detach().to(dtype)])
     rows = rows.contiguous()
     scale = temperature.detach().reshape(()).float()
-    amx = os.environ.get(AMX_ENV_VAR) != "0"
-    parts = [torch.ops.blipfast_native.softmax_mean(rows, b, scale, amx) for b in blocks]
+    parts = [torch.ops.blipfast_native.softmax_mean(rows, b, scale, amx()) for b in blocks]
     if len(parts) == 1:
         lse, mean = parts[0]
         return lse, mean

@@ -1,8 +1,11 @@
-"""Linear layers and embeddings whose weights are used several times in a step.
+"""Linear layers and word tables, where PyTorch's leave much of a CPU unused.
 
-Autograd sums the gradients of all uses. It does so in place only when a gradient is no view, and
-that of `F.linear` is one; and an embedding's gradient is as large as its table, whatever was looked
-up. Of BERT's weights that is some 900 MB more to write in each step of pre-training.
+In training, autograd sums the gradients of all uses of a weight. It does so in place only when a
+gradient is no view, and that of `F.linear` is one; and an embedding's gradient is as large as its
+table, whatever was looked up. Of BERT's weights that is some 900 MB more to write in each step of
+pre-training: `linear` and `TiedTable` save them.
+
+In generation, a step has few rows and is bound by reading the weights: `few_rows_linear`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from blipfast.ops import _native
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -63,6 +68,53 @@ class _Linear(torch.autograd.Function):
             rows.t() @ x.flatten(0, -2),
             rows.sum(0) if need_bias else None,
         )
+
+
+_FEW_ROWS, _BLOCK = 64, 64  # measured on two cores with AMX
+
+
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> Tensor:
+    """`F.linear`, and GELU over it, without gradients: `x (..., in)` to `(..., out)`.
+
+    On a CPU up to 64 rows go where the weight is read as it lies; `F.linear` repacks it at each
+    call. In bf16 that is the C++ operator, or oneDNN with the weight as left operand; in float32
+    MKL with a batch of small products.
+    """
+    if not _few_rows(x) or not weight.is_contiguous():
+        out = F.linear(x, weight, bias)
+        return F.gelu(out) if gelu else out
+    rows = x.flatten(0, -2)
+    if _amx_takes(rows):
+        run = torch.ops.blipfast_native.few_rows_linear
+        return run(rows.contiguous(), weight, bias, gelu).view(*x.shape[:-1], -1)
+    if weight.element_size() >= 4:
+        out = _by_blocks(rows, weight, bias)
+    else:
+        out = rows.new_empty(rows.shape[0], weight.shape[0])
+        torch.add(torch.mm(weight, rows.t()).t(), bias, out=out)
+    return (F.gelu(out) if gelu else out).view(*x.shape[:-1], -1)
+
+
+def _by_blocks(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    size, width = weight.shape
+    whole = size - size % _BLOCK
+    out = rows.new_empty(rows.shape[0], size)
+    if whole:
+        blocks = weight[:whole].view(-1, _BLOCK, width).transpose(1, 2)
+        batch = rows.expand(blocks.shape[0], -1, -1)
+        part = torch.baddbmm(bias[:whole].view(-1, 1, _BLOCK), batch, blocks)
+        out[:, :whole].view(-1, blocks.shape[0], _BLOCK).copy_(part.transpose(0, 1))
+    if whole < size:
+        out[:, whole:] = F.linear(rows, weight[whole:], bias[whole:])
+    return out
+
+
+def _few_rows(x: Tensor) -> bool:
+    return x.is_cpu and x.shape[-1] < x.numel() <= _FEW_ROWS * x.shape[-1]
+
+
+def _amx_takes(rows: Tensor) -> bool:
+    return rows.dtype == torch.bfloat16 and rows.shape[1] % 32 == 0 and _native.amx()
 
 
 class TiedTable:

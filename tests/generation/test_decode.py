@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from blipfast.errors import ConfigError, ShapeError
-from blipfast.generation.decode import IncrementalDecoder, _linear
+from blipfast.generation.decode import IncrementalDecoder
 from blipfast.models.config import blip_config
 from blipfast.models.reference import encode_padded
 from blipfast.models.text import TextTransformer
@@ -65,22 +65,6 @@ def test_equals_recomputation(
         )
         logits = decoder.step(tokens, parents)
         torch.testing.assert_close(logits, expected.view_as(logits), **CLOSE)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("outputs", [192, 452, 40])  # whole blocks, a remainder, less than one
-@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (4, 3), (64, 1), (13, 5)])
-def test_linear(dtype, outputs, shape) -> None:
-    """Of one row, of few and of many: as exact as F.linear in the same dtype."""
-    x = torch.randn(*shape, 96).to(dtype)
-    weight, bias = torch.randn(outputs, 96).to(dtype), torch.randn(outputs).to(dtype)
-    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-    plain = (torch.nn.functional.linear(x, weight, bias).double() - exact).abs().max()
-    out = _linear(x, (weight, bias))
-    assert out.shape == exact.shape
-    assert out.is_contiguous()
-    rounding = torch.finfo(dtype).eps * exact.abs().max()
-    assert (out.double() - exact).abs().max() <= 2 * plain + rounding
 
 
 def test_auto_takes_what_is_cheaper(make_captioner) -> None:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blipfast.ops.linear import TiedTable, linear
+from blipfast.ops import _native
+from blipfast.ops.linear import TiedTable, few_rows_linear, linear
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
@@ -44,6 +45,35 @@ def test_linear_under_autocast_casts() -> None:
     x, weight = torch.randn(3, 6), torch.randn(4, 6, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("amx", ["0", "1"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [192, 452, 40])  # whole blocks, a remainder, less than one
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (4, 3), (5, 4), (49, 1), (64, 1), (13, 5)])
+def test_few_rows_linear(
+    dtype: torch.dtype,
+    outputs: int,
+    shape: tuple[int, int],
+    amx: str,
+    gelu: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of one row, of few and of many: as exact as PyTorch's in the same dtype."""
+    monkeypatch.setenv(_native.AMX_ENV_VAR, amx)
+    torch.manual_seed(0)
+    x = torch.randn(*shape, 96).to(dtype)
+    weight, bias = torch.randn(outputs, 96).to(dtype), torch.randn(outputs).to(dtype)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    plain = F.linear(x, weight, bias)
+    if gelu:
+        exact, plain = F.gelu(exact), F.gelu(plain)
+    out = few_rows_linear(x, weight, bias, gelu=gelu)
+    assert out.shape == exact.shape
+    assert out.is_contiguous()
+    rounding = torch.finfo(dtype).eps * exact.abs().max()
+    assert (out.double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + rounding
 
 
 @pytest.mark.parametrize("output_layer", [True, False])

@@ -1,0 +1,177 @@
+#include "few_rows_linear.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "amx.h"
+#include "isa.h"
+#include "vec_exp.h"
+
+namespace blipfast {
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kTile = 16, kMaxRows = 64, kGroups = kMaxRows / kTile;
+
+struct Layer {
+  const uint32_t* rows;  // packed: pairs along K, (K / 2, 16 * groups)
+  const uint16_t* weight;
+  const uint16_t* bias;
+  uint16_t* out;
+  int64_t num_rows, groups, inner, size;
+  bool gelu;
+};
+
+void check(const Tensor& rows, const Tensor& weight, const Tensor& bias) {
+  const auto good = [](const Tensor& t, int64_t dim) {
+    return t.dim() == dim && t.is_contiguous() && t.scalar_type() == ScalarType::BFloat16;
+  };
+  STD_TORCH_CHECK(good(rows, 2) && good(weight, 2) && good(bias, 1),
+                  "few_rows_linear: rows, weight and bias must be contiguous bfloat16");
+  STD_TORCH_CHECK(rows.size(1) == weight.size(1) && bias.size(0) == weight.size(0),
+                  "few_rows_linear: rows have width ", rows.size(1), ", the weight is ",
+                  weight.size(0), " x ", weight.size(1), ", the bias has ", bias.size(0));
+  STD_TORCH_CHECK(rows.size(0) >= 1 && rows.size(0) <= kMaxRows && rows.size(1) % 32 == 0 &&
+                      rows.size(1) > 0,
+                  "few_rows_linear: takes 1 to ", kMaxRows, " rows of a width that 32 divides");
+  STD_TORCH_CHECK(amx_bf16_ready(), "few_rows_linear: this processor has no AMX for bfloat16");
+}
+
+#if BLIPFAST_CLONES
+
+// Abramowitz and Stegun 7.1.26, off by 1.5e-7 at the most: less than fp32 sums of bf16 are.
+BLIPFAST_INLINE float gelu(float x) {
+  const float z = x * 0.70710678118654752f, a = z < 0.0f ? -z : z;
+  const float t = 1.0f / (1.0f + 0.3275911f * a);
+  float p = 1.061405429f;
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const float tail = p * t * exp_nonpositive(-a * a);  // 1 - erf(a)
+  return 0.5f * x * (z < 0.0f ? tail : 2.0f - tail);
+}
+
+BLIPFAST_INLINE uint16_t rounded(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t up = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(x != x ? 0x7fc0u : up);
+}
+
+// Sums (16 outputs x 16 rows) of a tile become outputs [first, first + count) of a group's rows.
+BLIPFAST_AMX void finish(const float* sums, const Layer& layer, int64_t group, int64_t first,
+                         int64_t count) {
+  __m512i lines[kTile];
+  for (int64_t i = 0; i < kTile; ++i) lines[i] = _mm512_load_si512(sums + i * kTile);
+  transpose_16x16(lines);
+  float bias[kTile] = {};
+  for (int64_t j = 0; j < count; ++j) {
+    const uint32_t bits = static_cast<uint32_t>(layer.bias[first + j]) << 16;
+    std::memcpy(bias + j, &bits, sizeof(bits));
+  }
+  const int64_t rows = std::min(kTile, layer.num_rows - group * kTile);
+  for (int64_t r = 0; r < rows; ++r) {
+    alignas(64) float values[kTile];
+    uint16_t results[kTile];
+    _mm512_store_si512(values, lines[r]);
+    for (int64_t j = 0; j < kTile; ++j) values[j] += bias[j];
+    if (layer.gelu) {
+      for (int64_t j = 0; j < kTile; ++j) values[j] = gelu(values[j]);
+    }
+    for (int64_t j = 0; j < kTile; ++j) results[j] = rounded(values[j]);
+    std::memcpy(layer.out + (group * kTile + r) * layer.size + first, results, count * 2);
+  }
+}
+
+// Outputs of tiles [begin, end) of 16 weight rows each.
+BLIPFAST_AMX void run_tiles(const Layer& layer, int64_t begin, int64_t end) {
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  alignas(64) float sums[kGroups][kTile * kTile];
+  const int64_t stride = layer.groups * kTile;
+  std::vector<uint16_t> last;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first = tile * kTile, count = std::min(kTile, layer.size - first);
+    const uint16_t* weight = layer.weight + first * layer.inner;
+    if (count < kTile) {  // a tile's load reads 16 lines, whatever there is
+      last.assign(kTile * layer.inner, 0);
+      std::copy_n(weight, count * layer.inner, last.data());
+      weight = last.data();
+    }
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < layer.inner; k += 32) {
+      const uint32_t* rows = layer.rows + (k / 2) * stride;
+      _tile_loadd(4, weight + k, layer.inner * 2);
+      _tile_loadd(5, rows, stride * 4);
+      _tile_dpbf16ps(0, 4, 5);
+      if (layer.groups > 1) {
+        _tile_loadd(6, rows + kTile, stride * 4);
+        _tile_dpbf16ps(1, 4, 6);
+      }
+      if (layer.groups > 2) {
+        _tile_loadd(7, rows + 2 * kTile, stride * 4);
+        _tile_dpbf16ps(2, 4, 7);
+      }
+      if (layer.groups > 3) {
+        _tile_loadd(5, rows + 3 * kTile, stride * 4);
+        _tile_dpbf16ps(3, 4, 5);
+      }
+    }
+    _tile_stored(0, sums[0], kTile * 4);
+    _tile_stored(1, sums[1], kTile * 4);
+    _tile_stored(2, sums[2], kTile * 4);
+    _tile_stored(3, sums[3], kTile * 4);
+    for (int64_t g = 0; g < layer.groups; ++g) finish(sums[g], layer, g, first, count);
+  }
+  _tile_release();
+}
+
+#else
+
+void run_tiles(const Layer&, int64_t, int64_t) {}
+
+#endif
+
+}  // namespace
+
+Tensor few_rows_linear(Tensor rows, Tensor weight, Tensor bias, bool gelu) {
+  check(rows, weight, bias);
+  const int64_t num_rows = rows.size(0), inner = rows.size(1), size = weight.size(0);
+  const int64_t groups = (num_rows + kTile - 1) / kTile, stride = groups * kTile;
+  const std::array<int64_t, 2> shape{num_rows, size};
+  Tensor out = torch::stable::new_empty(rows, {shape.data(), 2});
+  std::vector<uint32_t> packed(inner / 2 * stride, 0u);
+  const auto* from = static_cast<const uint16_t*>(rows.const_data_ptr());
+  for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t k = 0; k < inner; k += 2) {
+      std::memcpy(&packed[(k / 2) * stride + r], from + r * inner + k, 4);
+    }
+  }
+  const Layer layer{packed.data(),
+                    static_cast<const uint16_t*>(weight.const_data_ptr()),
+                    static_cast<const uint16_t*>(bias.const_data_ptr()),
+                    static_cast<uint16_t*>(out.mutable_data_ptr()),
+                    num_rows,
+                    groups,
+                    inner,
+                    size,
+                    gelu};
+  torch::stable::parallel_for(0, (size + kTile - 1) / kTile, 8, [&](int64_t begin, int64_t end) {
+    run_tiles(layer, begin, end);
+  });
+  return out;
+}
+
+}  // namespace blipfast
