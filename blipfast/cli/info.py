@@ -37,7 +37,6 @@ def main(argv: Sequence[str]) -> int:
 def _run(device: str, dtype: str, json: bool) -> int:
     import torch
 
-    import blipfast.ops  # noqa: F401 - registers the operators
     from blipfast import __version__
     from blipfast.environment import detect
     from blipfast.ops._dispatch import explain

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from blipfast.errors import ConfigError, ShapeError
 from blipfast.models.text import CrossAttention, CrossStates, TextLayer, TextTransformer
-from blipfast.ops.linear import few_rows_linear
+from blipfast.ops.linear_layers import few_rows_linear
 
 Cross = Literal["auto", "absorbed", "projected"]
 _Pair = tuple[Tensor, Tensor]  # weight and bias

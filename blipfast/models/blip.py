@@ -14,7 +14,7 @@ from blipfast.errors import ConfigError, ShapeError
 from blipfast.models.config import BlipConfig, TextConfig
 from blipfast.models.text import CrossStates, LMHead, TextStream, TextTransformer, run_streams
 from blipfast.models.vit import VisionTransformer
-from blipfast.ops.linear import TiedTable
+from blipfast.ops.linear_layers import TiedTable
 from blipfast.ops.packing import Packing
 
 

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from blipfast.errors import ConfigError, ShapeError
 from blipfast.models.config import Sharing, TextConfig
 from blipfast.ops.attention import CrossPlan, cross_attention, varlen_attention
-from blipfast.ops.linear import linear
+from blipfast.ops.linear_layers import linear
 from blipfast.ops.packing import Packing, SharedPrefixes, gather_rows
 
 KeyValue = tuple[Tensor, Tensor]  # (B, H, S, head_dim) each
 
 
 class Linear(nn.Linear):
-    """For weights that several passes of a step use, see `ops.linear`."""
+    """For weights that several passes of a step use, see `ops.linear_layers`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blipfast.errors import ShapeError
 from blipfast.models.config import VisionConfig
-from blipfast.ops.dense_attention import dense_attention
+from blipfast.ops.dense import dense_attention
 
 
 class Attention(nn.Module):

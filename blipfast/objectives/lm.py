@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from blipfast.errors import ShapeError
-from blipfast.ops.linear_cross_entropy import Reduction, linear_cross_entropy
+from blipfast.ops.linear_ce import Reduction, linear_cross_entropy
 
 IGNORE = -100
 
@@ -38,7 +38,7 @@ def lm_loss(
         hidden: `(T, D)` decoder states.
         labels: `(T,)` int64, the token after each (`lm_labels`), or -100 where none counts.
         head: the decoder's prediction head.
-        weight: `(V, D)` in place of the head's own, where a `ops.linear.TiedTable` is in use.
+        weight: `(V, D)` in place of the head's own, where an `ops.TiedTable` is in use.
         label_smoothing: 0.1 in all of BLIP, in scores too.
         reduction: "mean" over the labels that count, "sum", or "none" for `(T,)` losses.
         impl: backend of `linear_cross_entropy`.

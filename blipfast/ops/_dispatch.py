@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ import torch
 from blipfast.errors import BackendError
 
 ENV_VAR = "BLIPFAST_BACKEND"
+# The modules that register backends when they are imported.
+_OPERATORS = ("attention", "contrastive", "hard_negatives", "linear_ce", "momentum_update")
 _overrides: ContextVar[dict[str, str] | None] = ContextVar("blipfast_backends", default=None)
 _tables: dict[str, Backends] = {}
 
@@ -127,5 +130,7 @@ def explain(
     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
     """For each operator the backend that `auto` takes on `device`, and why."""
+    for module in _OPERATORS:
+        import_module(f"blipfast.ops.{module}")
     probe = torch.empty(0, device=device, dtype=dtype)
     return {op: table.choose(probe) for op, table in sorted(_tables.items())}

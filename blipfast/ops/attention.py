@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,8 @@ from torch import Tensor
 from blipfast.errors import ShapeError
 from blipfast.ops import _native, _triton
 from blipfast.ops._dispatch import Backends
-from blipfast.ops.dense_attention import dense_attention
-from blipfast.ops.packing import Packing, gather_rows, scatter_rows
+from blipfast.ops.dense import dense_attention
+from blipfast.ops.packing import Packing, gather_rows, lazy, scatter_rows
 
 varlen_backends = Backends("varlen_attention")
 cross_backends = Backends("cross_attention")
@@ -130,7 +129,14 @@ class CrossPlan:
             raise ShapeError(f"kv_lengths must be ({num_kv},), got {tuple(kv_lengths.shape)}")
         return cls(packing, index, num_kv, kv_lengths)
 
-    @cached_property
+    def prepare(self) -> CrossPlan:
+        """As `Packing.prepare`: all index tensors now. Returns self."""
+        self.packing.prepare()
+        self.grouped.prepare()
+        _ = self.slots
+        return self
+
+    @lazy
     def grouped(self) -> Packing:
         """The queries regrouped: one ragged row of tokens per key/value set."""
         rows = [0] * self.num_kv
@@ -138,7 +144,7 @@ class CrossPlan:
             rows[i] += length
         return Packing.from_lengths(rows, self.packing.device)
 
-    @cached_property
+    @lazy
     def order(self) -> Tensor | None:
         """`(T,)` packed token index in grouped order; None when the texts are in it already."""
         by_set = sorted(range(len(self.kv_index)), key=self.kv_index.__getitem__)
@@ -146,7 +152,7 @@ class CrossPlan:
             return None
         return self.packing.select(by_set)[1]
 
-    @cached_property
+    @lazy
     def slots(self) -> Tensor | None:
         """`(T,)`: each token's row in the padded `(num_kv * max rows)` grid; None: a view."""
         if self.order is None:
@@ -192,8 +198,9 @@ def cross_attention(
             f"the plan is for {plan.packing.total} tokens and {plan.num_kv} key/value sets, "
             f"got {q.shape[0]} and {k.shape[0]}"
         )
-    if q.device != k.device or q.dtype != k.dtype:
-        raise ShapeError(f"q is {q.dtype} on {q.device}, but k {k.dtype} on {k.device}")
+    for name, x in (("k", k), ("v", v)):
+        if q.device != x.device or q.dtype != x.dtype:
+            raise ShapeError(f"q is {q.dtype} on {q.device}, but {name} {x.dtype} on {x.device}")
     if q.shape[0] == 0:
         return q.clone()
     return cross_backends(q, impl)(q, k, v, plan, dropout_p)

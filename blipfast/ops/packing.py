@@ -9,12 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from blipfast.errors import ShapeError
+
+
+class lazy:
+    """An attribute computed when first asked for.
+
+    `functools.cached_property` without its lock, which torch.compile cannot trace before Python
+    3.12.
+    """
+
+    def __init__(self, compute: Any) -> None:
+        self.compute, self.__doc__ = compute, compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        value = self.compute(instance)
+        instance.__dict__[self.name] = value
+        return value
 
 
 @dataclass(frozen=True)
@@ -47,52 +68,60 @@ class Packing:
             raise ShapeError("attention_mask must be right-padded: a 1 follows a 0")
         return cls.from_lengths(mask.sum(1).tolist(), attention_mask.device)
 
+    def prepare(self) -> Packing:
+        """Computes all index tensors now, as for a compiled model, which then takes them as they
+        are; otherwise they are made when first asked for. Returns self.
+        """
+        for name in ("uniform", "first_tokens", "mask", "slots"):
+            getattr(self, name)  # and what these are made from
+        return self
+
     @property
     def num_sequences(self) -> int:
         return len(self.lengths)
 
-    @cached_property
+    @lazy
     def total(self) -> int:
         return sum(self.lengths)
 
-    @cached_property
+    @lazy
     def max_seqlen(self) -> int:
-        return max(self.lengths, default=0)
+        return max(self.lengths) if self.lengths else 0
 
-    @cached_property
+    @lazy
     def uniform(self) -> bool:
         """All sequences have the same length, so that padding is a mere view."""
         return self.total == self.max_seqlen * self.num_sequences
 
-    @cached_property
+    @lazy
     def lengths_tensor(self) -> Tensor:
         """`(N,)` int64."""
         return torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
 
-    @cached_property
+    @lazy
     def cu_seqlens(self) -> Tensor:
         """`(N + 1,)` int32: sequence `n` is tokens `cu_seqlens[n]:cu_seqlens[n + 1]`."""
         zero = self.lengths_tensor.new_zeros(1)
         return torch.cat([zero, self.lengths_tensor.cumsum(0)]).to(torch.int32)
 
-    @cached_property
+    @lazy
     def sequence_ids(self) -> Tensor:
         """`(T,)` int64: the sequence each token belongs to."""
         sequences = torch.arange(self.num_sequences, device=self.device)
         return sequences.repeat_interleave(self.lengths_tensor, output_size=self.total)
 
-    @cached_property
+    @lazy
     def positions(self) -> Tensor:
         """`(T,)` int64: the place of each token within its sequence."""
         starts = self.cu_seqlens[:-1].to(torch.int64)[self.sequence_ids]
         return torch.arange(self.total, device=self.device) - starts
 
-    @cached_property
+    @lazy
     def first_tokens(self) -> Tensor:
         """`(N,)` int64: the packed index of each sequence's first token."""
         return self.cu_seqlens[:-1].to(torch.int64)
 
-    @cached_property
+    @lazy
     def mask(self) -> Tensor:
         """`(N, max_seqlen)` bool, True for a token."""
         columns = torch.arange(self.max_seqlen, device=self.device)
@@ -101,7 +130,7 @@ class Packing:
     def _slots(self, width: int) -> Tensor:
         return self.sequence_ids * width + self.positions
 
-    @cached_property
+    @lazy
     def slots(self) -> Tensor:
         """`(T,)` int64: each token's row in the padded `(N * max_seqlen, ...)` tensor."""
         return self._slots(self.max_seqlen)

@@ -16,7 +16,7 @@ from blipfast.ops.attention import (
     varlen_attention,
     varlen_attention_reference,
 )
-from blipfast.ops.dense_attention import dense_attention
+from blipfast.ops.dense import dense_attention
 from blipfast.ops.packing import Packing
 
 LENGTHS = [[3], [1, 1], [5, 2, 7, 1], [4, 0, 6], [30, 9, 14, 22, 11]]
@@ -176,3 +176,31 @@ def test_backends_are_chosen_in_order_and_by_name(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("BLIPFAST_BACKEND", "nonsense")
     with pytest.raises(BackendError, match="op=backend"):
         varlen_attention(qkv, packing)
+
+
+def test_prepared_plans_compile_into_one_graph_for_all_batches() -> None:
+    """No graph break, and batches of other lengths do not compile again for ever."""
+
+    def attend(qkv: Tensor, k: Tensor, v: Tensor, plan: CrossPlan) -> Tensor:
+        q = varlen_attention(qkv, plan.packing, causal=True, impl="torch")
+        return cross_attention(q, k, v, plan, impl="torch").square().sum()
+
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    seen = []
+    for lengths in ([3, 4, 2], [5, 1, 7], [2, 9, 4], [8, 3, 6], [1, 1, 9], [6, 2, 4]):
+        plan = CrossPlan.build(Packing.from_lengths(lengths), [1, 0, 1], 2).prepare()
+        qkv = torch.randn(sum(lengths), 3, 2, 8, requires_grad=True)
+        k, v = torch.randn(2, 2, 2, 5, 8, requires_grad=True)
+        leaves = [qkv]
+        ours, plain = compiled(qkv, k, v, plan), attend(qkv, k, v, plan)
+        torch.testing.assert_close(ours, plain)
+        grads = zip(
+            torch.autograd.grad(ours, leaves), torch.autograd.grad(plain, leaves), strict=True
+        )
+        for a, b in grads:
+            torch.testing.assert_close(a, b)
+        seen.append(graphs["unique_graphs"])
+    assert seen[-1] == seen[2], f"graphs after each batch: {seen}"

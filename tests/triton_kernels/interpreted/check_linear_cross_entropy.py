@@ -9,8 +9,8 @@ import torch
 from blipfast.kernels.linear_cross_entropy import losses_then_gradients
 from torch import Tensor
 
-import blipfast.ops._linear_cross_entropy_pieces as pieces
-from blipfast.ops.linear_cross_entropy import linear_cross_entropy
+import blipfast.ops._linear_ce_pieces as pieces
+from blipfast.ops.linear_ce import linear_cross_entropy
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import blipfast.ops._linear_cross_entropy_pieces as pieces
+import blipfast.ops._linear_ce_pieces as pieces
 from blipfast.errors import ShapeError
-from blipfast.ops.linear_cross_entropy import linear_cross_entropy
+from blipfast.ops.linear_ce import linear_cross_entropy
 
 ROWS = [1, 5, 1000]  # rows of a piece: many pieces, a ragged last one, PyTorch's own path
 

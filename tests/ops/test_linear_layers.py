@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipfast.ops import _native
-from blipfast.ops.linear import TiedTable, few_rows_linear, linear
+from blipfast.ops.linear_layers import TiedTable, few_rows_linear, linear
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])

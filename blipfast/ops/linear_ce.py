@@ -24,8 +24,8 @@ from torch import Tensor
 from blipfast.errors import ShapeError
 from blipfast.ops import _triton
 from blipfast.ops._dispatch import Backends
-from blipfast.ops._linear_cross_entropy_pieces import by_pieces, check_labels, logits_at_a_time
-from blipfast.ops.linear import linear
+from blipfast.ops._linear_ce_pieces import by_pieces, check_labels, logits_at_a_time
+from blipfast.ops.linear_layers import linear
 
 Reduction = Literal["mean", "sum", "none"]
 
