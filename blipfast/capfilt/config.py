@@ -23,7 +23,8 @@ class CapFiltConfig:
     keep="web". vocabulary: vocab.txt; by default the one beside the filter.
     method: "nucleus" samples (the paper's choice: diverse captions), "beam" searches.
     captions_per_image: synthetic candidates, all judged. prompt: given to the captioner.
-    threshold: a text is kept when its ITM probability reaches it.
+    threshold: a text is kept when its ITM probability reaches it. synthetic_threshold: the same for
+    synthetic texts, by default also `threshold`: a captioner that errs often needs a stricter one.
     keep: which texts may enter the new set. trusted: sources whose texts enter it unjudged.
     seed: of the sampling; an image's captions depend on it and on the image's key alone.
     shard_count, shard_bytes: limits of one output shard.
@@ -46,6 +47,7 @@ class CapFiltConfig:
     min_length: int = 5
     max_length: int = 20
     threshold: float = 0.5
+    synthetic_threshold: float | None = None
     keep: Keep = "both"
     trusted: tuple[str, ...] = ("human",)
     seed: int = 0
@@ -64,9 +66,10 @@ class CapFiltConfig:
         for name in ("captions_per_image", "batch_size", "num_beams", "shard_count", "shard_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"capfilt.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("threshold", "max_bad_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"capfilt.{name} is {getattr(self, name)}; it must be 0 to 1")
+        for name in ("threshold", "synthetic_threshold", "max_bad_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"capfilt.{name} is {value}; it must be 0 to 1")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"capfilt.top_p is {self.top_p}; it must be above 0, at most 1")
         if not 0 <= self.min_length <= self.max_length:

@@ -101,6 +101,7 @@ def filter_candidates(
     scores: list[Score | None],
     *,
     threshold: float,
+    synthetic_threshold: float | None = None,
     keep: str = "both",
     trusted: tuple[str, ...] = (),
     filter_hash: str | None = None,
@@ -113,7 +114,8 @@ def filter_candidates(
         key: the image.
         candidates: its texts.
         scores: one each; None for a text that could not be judged (empty after clean-up).
-        threshold: least ITM probability of an accepted text.
+        threshold: least ITM probability of an accepted text. synthetic_threshold: of a synthetic
+            one, where it is another.
         keep: "both", "web" (all but the synthetic) or "synthetic".
         trusted: sources that are accepted whatever their score.
         filter_hash, captioner_hash, seed: noted in each row.
@@ -127,7 +129,10 @@ def filter_candidates(
     taken: set[str] = set()
     for candidate, score in zip(candidates, scores, strict=True):
         synthetic = candidate.source == SYNTHETIC
-        accepted, reason = _decide(candidate, score, threshold, keep, trusted, taken)
+        least = threshold
+        if synthetic and synthetic_threshold is not None:
+            least = synthetic_threshold
+        accepted, reason = _decide(candidate, score, least, keep, trusted, taken)
         if accepted:
             taken.add(candidate.text)
         decisions.append(

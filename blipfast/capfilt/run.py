@@ -232,6 +232,7 @@ class _Run:
             candidates,
             scores,
             threshold=self.config.threshold,
+            synthetic_threshold=self.config.synthetic_threshold,
             keep=self.config.keep,
             trusted=self.config.trusted,
             filter_hash=self.filter_hash,

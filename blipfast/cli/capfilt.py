@@ -22,6 +22,7 @@ _HELP = {
     "captions_per_image": "synthetic texts for each image, all judged",
     "prompt": "what a caption follows",
     "threshold": "ITM probability from which a text is kept",
+    "synthetic_threshold": "the same for synthetic texts, where it is another",
     "keep": "which texts may enter the new set",
     "trusted": "sources whose texts enter it unjudged",
     "seed": "of the sampling",

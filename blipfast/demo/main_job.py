@@ -222,6 +222,7 @@ class _Job:
             min_length=6,
             max_length=30,
             threshold=s.threshold,
+            synthetic_threshold=s.synthetic_threshold,
             seed=s.seed,
             batch_size=64,
             max_text_tokens=30,

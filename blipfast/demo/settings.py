@@ -20,7 +20,8 @@ class DemoSettings:
     fine-tuning.
     noise: share of web texts that are wrong; hard_share: of those, the share with one wrong detail.
     prompt: of captioners. threshold: of the filter. One in three of the pairs that ITM learns from
-    matches, so a third is what it says of a pair it knows nothing of.
+    matches, so a third is what it says of a pair it knows nothing of. synthetic_threshold: of what
+    the captioner wrote, stricter: more of it is wrong in some detail.
     """
 
     out: str = "outputs/demo"
@@ -53,6 +54,7 @@ class DemoSettings:
     momentum: float = 0.99
     alpha: float = 0.4
     threshold: float = 1 / 3
+    synthetic_threshold: float = 0.6
     prompt: str = "a picture of "
     top_k_rerank: int = 32
     precision: str = "bf16"
@@ -62,7 +64,14 @@ class DemoSettings:
         for name in ("minutes", "scale", "learning_rate", "finetune_rate"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"demo.{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("noise", "hard_share", "threshold", "alpha", "momentum"):
+        for name in (
+            "noise",
+            "hard_share",
+            "threshold",
+            "synthetic_threshold",
+            "alpha",
+            "momentum",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"demo.{name} is {getattr(self, name)}; it must be 0 to 1")
         if self.precision not in ("fp32", "bf16"):

@@ -83,10 +83,13 @@ BLIPFAST_AMX void finish(const float* sums, const Layer& layer, int64_t group, i
     alignas(64) float values[kTile];
     uint16_t results[kTile];
     _mm512_store_si512(values, lines[r]);
+#pragma omp simd
     for (int64_t j = 0; j < kTile; ++j) values[j] += bias[j];
     if (layer.gelu) {
+#pragma omp simd
       for (int64_t j = 0; j < kTile; ++j) values[j] = gelu(values[j]);
     }
+#pragma omp simd
     for (int64_t j = 0; j < kTile; ++j) results[j] = rounded(values[j]);
     std::memcpy(layer.out + (group * kTile + r) * layer.size + first, results, count * 2);
   }
@@ -107,12 +110,17 @@ BLIPFAST_AMX void run_tiles(const Layer& layer, int64_t begin, int64_t end) {
       std::copy_n(weight, count * layer.inner, last.data());
       weight = last.data();
     }
+    // Sixteen rows at once are more streams than the processor follows by itself.
+    const int64_t ahead = std::clamp<int64_t>(layer.size - first - kTile, 0, kTile);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < layer.inner; k += 32) {
       const uint32_t* rows = layer.rows + (k / 2) * stride;
+      for (int64_t i = 0; i < ahead; ++i) {
+        _mm_prefetch(weight + (kTile + i) * layer.inner + k, _MM_HINT_T1);
+      }
       _tile_loadd(4, weight + k, layer.inner * 2);
       _tile_loadd(5, rows, stride * 4);
       _tile_dpbf16ps(0, 4, 5);

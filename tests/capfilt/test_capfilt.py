@@ -263,6 +263,13 @@ def test_filter_candidates_by_hand() -> None:
         filter_candidates("k", texts, scores[:1], threshold=0.5)
 
 
+def test_a_stricter_threshold_for_synthetic_texts() -> None:
+    texts = [Candidate("a", "web"), Candidate("b", "synthetic"), Candidate("c", "synthetic")]
+    scores = [Score(0.5, 0), Score(0.5, 0), Score(0.9, 0)]
+    rows = filter_candidates("k", texts, scores, threshold=0.5, synthetic_threshold=0.6)
+    assert [r.accepted for r in rows] == [True, False, True]
+
+
 def test_models_from_checkpoints(shards, tmp_path, models) -> None:
     captioner, judge, _ = models
     save_model(captioner, tmp_path / "captioner")
@@ -288,6 +295,7 @@ def test_models_from_checkpoints(shards, tmp_path, models) -> None:
     [
         ({"method": "greedy"}, "method"),
         ({"threshold": 1.5}, "threshold"),
+        ({"synthetic_threshold": -0.1}, "synthetic_threshold"),
         ({"batch_size": 0}, "batch_size"),
         ({"top_p": 0.0}, "top_p"),
         ({"method": "beam", "captions_per_image": 4}, "captions_per_image"),
