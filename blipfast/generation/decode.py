@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from blipfast.errors import ConfigError, ShapeError
 from blipfast.models.text import CrossAttention, CrossStates, TextLayer, TextTransformer
-from blipfast.ops.linear_layers import few_rows_linear
+from blipfast.ops.linear_layers import few_rows_linear, few_rows_linears
 
 Cross = Literal["auto", "absorbed", "projected"]
 _Pair = tuple[Tensor, Tensor]  # weight and bias
@@ -52,27 +52,39 @@ class _ImageAttention(Protocol):
 class _Absorbed:
     """The projections of K and V moved to the query's side."""
 
-    def __init__(self, embeds: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, embeds: Tensor, bias: Tensor | None, layers: list[_LayerWeights], num_heads: int
+    ) -> None:
         self.embeds = embeds  # (B, S, W)
         self.bias = bias  # (B, 1, S), added to the scores
+        self.heads = [_head_weights(layer.key_value, num_heads) for layer in layers]
 
     def attend(self, layer: int, weights: _LayerWeights, q: Tensor) -> Tensor:
         batch, heads, rows, head_dim = q.shape
-        weight, b = weights.key_value
-        key, value = weight.view(2, heads, head_dim, -1)  # (H, head_dim, W) each
+        key, value = self.heads[layer]
         q = (q * head_dim**-0.5).transpose(0, 1).reshape(heads, batch * rows, head_dim)
-        q = torch.bmm(q, key).view(heads, batch, rows, -1).transpose(0, 1).flatten(1, 2)
+        q = few_rows_linears(q, *key).view(heads, batch, rows, -1).transpose(0, 1).flatten(1, 2)
         scores = torch.bmm(q, self.embeds.transpose(1, 2))  # (B, H n, S)
         if self.bias is not None:
             scores = scores + self.bias
         seen = torch.bmm(scores.softmax(-1), self.embeds)  # (B, H n, W)
         seen = seen.view(batch, heads, rows, -1).transpose(0, 1).flatten(1, 2)
-        out = torch.baddbmm(b[heads * head_dim :].view(heads, 1, -1), seen, value.transpose(1, 2))
+        out = few_rows_linears(seen, *value)
         return out.view(heads, batch, rows, head_dim).permute(1, 2, 0, 3).flatten(2)
 
     def keep(self, images: Tensor) -> None:
         self.embeds = self.embeds.index_select(0, images)
         self.bias = None if self.bias is None else self.bias.index_select(0, images)
+
+
+def _head_weights(key_value: _Pair, num_heads: int) -> tuple[_Pair, _Pair]:
+    """Each head's part: from a query to what is compared with the states, `(H, W, head_dim)`, whose
+    bias is a constant under the softmax; and from the mean state to the output, `(H, head_dim, W)`.
+    """
+    weight, bias = key_value
+    key, value = weight.view(2, num_heads, -1, weight.shape[1])
+    key = key.transpose(1, 2).contiguous()
+    return (key, key.new_zeros(key.shape[:2])), (value, bias.view(2, num_heads, -1)[1])
 
 
 class _Projected:
@@ -229,7 +241,7 @@ class IncrementalDecoder:
             cheaper = self.rows * self.max_length <= head_dim
             cross = "absorbed" if states.layers is None and cheaper else "projected"
         if cross == "absorbed":
-            return _Absorbed(embeds, bias)
+            return _Absorbed(embeds, bias, self._layers, self.config.num_heads)
         if states.layers is not None:
             done = [(k.to(self.dtype), v.to(self.dtype)) for ((k, v),) in states.layers]
             return _Projected(done, bias)

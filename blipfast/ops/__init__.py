@@ -26,6 +26,7 @@ _LAZY = {
     "sample_hard_negatives_reference": "hard_negatives",
     "TiedTable": "linear_layers",
     "few_rows_linear": "linear_layers",
+    "few_rows_linears": "linear_layers",
     "linear": "linear_layers",
     "linear_cross_entropy": "linear_ce",
     "linear_cross_entropy_reference": "linear_ce",

@@ -46,7 +46,7 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("blipfast_native::few_rows_linear")
     def _(rows: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
-        return rows.new_empty(rows.shape[0], weight.shape[0])
+        return rows.new_empty(*rows.shape[:-1], weight.shape[-2])
 
     @torch.library.register_fake("blipfast_native::varlen_attention")
     def _(qkv: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:

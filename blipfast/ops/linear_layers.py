@@ -95,6 +95,16 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = Fal
     return (F.gelu(out) if gelu else out).view(*x.shape[:-1], -1)
 
 
+def few_rows_linears(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Several linear layers side by side, as of attention heads, without gradients.
+
+    x: `(H, R, in)`, weight: `(H, out, in)`, bias: `(H, out)`. Returns `(H, R, out)`.
+    """
+    if x.is_cpu and x.shape[1] <= _FEW_ROWS and weight.is_contiguous() and _amx_takes(x):
+        return torch.ops.blipfast_native.few_rows_linear(x.contiguous(), weight, bias, False)
+    return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+
+
 def _by_blocks(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     size, width = weight.shape
     whole = size - size % _BLOCK
@@ -114,7 +124,7 @@ def _few_rows(x: Tensor) -> bool:
 
 
 def _amx_takes(rows: Tensor) -> bool:
-    return rows.dtype == torch.bfloat16 and rows.shape[1] % 32 == 0 and _native.amx()
+    return rows.dtype == torch.bfloat16 and rows.shape[-1] % 32 == 0 and _native.amx()
 
 
 class TiedTable:

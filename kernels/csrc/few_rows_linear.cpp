@@ -21,6 +21,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kTile = 16, kMaxRows = 64, kGroups = kMaxRows / kTile;
 
+// One layer, or one of several side by side.
 struct Layer {
   const uint32_t* rows;  // packed: pairs along K, (K / 2, 16 * groups)
   const uint16_t* weight;
@@ -28,19 +29,33 @@ struct Layer {
   uint16_t* out;
   int64_t num_rows, groups, inner, size;
   bool gelu;
+
+  int64_t tiles() const { return (size + kTile - 1) / kTile; }
+  Layer operator+(int64_t n) const {
+    Layer other = *this;
+    other.rows += n * inner / 2 * groups * kTile;
+    other.weight += n * size * inner;
+    other.bias += n * size;
+    other.out += n * num_rows * size;
+    return other;
+  }
 };
 
 void check(const Tensor& rows, const Tensor& weight, const Tensor& bias) {
   const auto good = [](const Tensor& t, int64_t dim) {
     return t.dim() == dim && t.is_contiguous() && t.scalar_type() == ScalarType::BFloat16;
   };
-  STD_TORCH_CHECK(good(rows, 2) && good(weight, 2) && good(bias, 1),
-                  "few_rows_linear: rows, weight and bias must be contiguous bfloat16");
-  STD_TORCH_CHECK(rows.size(1) == weight.size(1) && bias.size(0) == weight.size(0),
-                  "few_rows_linear: rows have width ", rows.size(1), ", the weight is ",
-                  weight.size(0), " x ", weight.size(1), ", the bias has ", bias.size(0));
-  STD_TORCH_CHECK(rows.size(0) >= 1 && rows.size(0) <= kMaxRows && rows.size(1) % 32 == 0 &&
-                      rows.size(1) > 0,
+  const int64_t dim = rows.dim();
+  STD_TORCH_CHECK((dim == 2 || dim == 3) && good(rows, dim) && good(weight, dim) &&
+                      good(bias, dim - 1),
+                  "few_rows_linear: rows, weight and bias must be contiguous bfloat16, and all of "
+                  "one layer or all of several");
+  bool fits = rows.size(-1) == weight.size(-1) && bias.size(-1) == weight.size(-2);
+  if (dim == 3) fits = fits && weight.size(0) == rows.size(0) && bias.size(0) == rows.size(0);
+  STD_TORCH_CHECK(fits, "few_rows_linear: rows have width ", rows.size(-1), ", the weight is ",
+                  weight.size(-2), " x ", weight.size(-1), ", the bias has ", bias.size(-1));
+  STD_TORCH_CHECK(rows.size(-2) >= 1 && rows.size(-2) <= kMaxRows && rows.size(-1) % 32 == 0 &&
+                      rows.size(-1) > 0,
                   "few_rows_linear: takes 1 to ", kMaxRows, " rows of a width that 32 divides");
   STD_TORCH_CHECK(amx_bf16_ready(), "few_rows_linear: this processor has no AMX for bfloat16");
 }
@@ -156,18 +171,21 @@ void run_tiles(const Layer&, int64_t, int64_t) {}
 
 Tensor few_rows_linear(Tensor rows, Tensor weight, Tensor bias, bool gelu) {
   check(rows, weight, bias);
-  const int64_t num_rows = rows.size(0), inner = rows.size(1), size = weight.size(0);
+  const bool several = rows.dim() == 3;
+  const int64_t layers = several ? rows.size(0) : 1;
+  const int64_t num_rows = rows.size(-2), inner = rows.size(-1), size = weight.size(-2);
   const int64_t groups = (num_rows + kTile - 1) / kTile, stride = groups * kTile;
-  const std::array<int64_t, 2> shape{num_rows, size};
-  Tensor out = torch::stable::new_empty(rows, {shape.data(), 2});
-  std::vector<uint32_t> packed(inner / 2 * stride, 0u);
+  const std::array<int64_t, 3> shape{layers, num_rows, size};
+  Tensor out = torch::stable::new_empty(rows, {shape.data() + !several, 2u + several});
+  std::vector<uint32_t> packed(layers * inner / 2 * stride, 0u);
   const auto* from = static_cast<const uint16_t*>(rows.const_data_ptr());
-  for (int64_t r = 0; r < num_rows; ++r) {
+  for (int64_t r = 0; r < layers * num_rows; ++r) {
+    uint32_t* to = packed.data() + r / num_rows * inner / 2 * stride + r % num_rows;
     for (int64_t k = 0; k < inner; k += 2) {
-      std::memcpy(&packed[(k / 2) * stride + r], from + r * inner + k, 4);
+      std::memcpy(to + (k / 2) * stride, from + r * inner + k, 4);
     }
   }
-  const Layer layer{packed.data(),
+  const Layer first{packed.data(),
                     static_cast<const uint16_t*>(weight.const_data_ptr()),
                     static_cast<const uint16_t*>(bias.const_data_ptr()),
                     static_cast<uint16_t*>(out.mutable_data_ptr()),
@@ -176,8 +194,11 @@ Tensor few_rows_linear(Tensor rows, Tensor weight, Tensor bias, bool gelu) {
                     inner,
                     size,
                     gelu};
-  torch::stable::parallel_for(0, (size + kTile - 1) / kTile, 8, [&](int64_t begin, int64_t end) {
-    run_tiles(layer, begin, end);
+  const int64_t tiles = first.tiles();
+  torch::stable::parallel_for(0, layers * tiles, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin / tiles; n * tiles < end; ++n) {
+      run_tiles(first + n, std::max(begin - n * tiles, int64_t{0}), std::min(end - n * tiles, tiles));
+    }
   });
   return out;
 }

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipfast.ops import _native
-from blipfast.ops.linear_layers import TiedTable, few_rows_linear, linear
+from blipfast.ops.linear_layers import TiedTable, few_rows_linear, few_rows_linears, linear
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
@@ -72,6 +72,23 @@ def test_few_rows_linear(
     out = few_rows_linear(x, weight, bias, gelu=gelu)
     assert out.shape == exact.shape
     assert out.is_contiguous()
+    rounding = torch.finfo(dtype).eps * exact.abs().max()
+    assert (out.double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + rounding
+
+
+@pytest.mark.parametrize("amx", ["0", "1"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("outputs", "rows"), [(64, 12), (40, 1), (100, 33), (16, 65)])
+def test_few_rows_linears(
+    dtype: torch.dtype, outputs: int, rows: int, amx: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(_native.AMX_ENV_VAR, amx)
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, rows, 96).to(dtype), torch.randn(3, outputs, 96).to(dtype)
+    bias = torch.randn(3, outputs).to(dtype)
+    out = few_rows_linears(x, weight, bias)
+    exact = torch.stack([F.linear(*(t[h].double() for t in (x, weight, bias))) for h in range(3)])
+    plain = torch.stack([F.linear(x[h], weight[h], bias[h]) for h in range(3)])
     rounding = torch.finfo(dtype).eps * exact.abs().max()
     assert (out.double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + rounding
 
