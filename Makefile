@@ -19,9 +19,9 @@ STAMP := $(VENV)/.blipfast-installed
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt \
            $(wildcard kernels/*.py kernels/csrc/*)
 
-.PHONY: help venv demo test test-slow check format bench native clean
+.PHONY: help venv demo test test-slow check format bench bench-gpu native clean
 help:
-	@echo 'make demo | test | test-slow | check | format | bench | native | clean'
+	@echo 'make demo | test | test-slow | check | format | bench | bench-gpu | native | clean'
 
 venv: $(STAMP)
 
@@ -59,6 +59,14 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# On a GPU the figures; elsewhere the same kernels at tiny sizes in the interpreter.
+bench-gpu: $(STAMP)
+	@if $(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/python -m benchmarks --op all --device cuda --dtype bf16 $(BENCH_ARGS); \
+	else \
+	  TRITON_INTERPRET=1 $(BIN)/python -m benchmarks --op all --small --out build/interpreted $(BENCH_ARGS); \
+	fi
 
 native: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build -DPython_EXECUTABLE=$(abspath $(BIN)/python)

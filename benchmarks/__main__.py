@@ -2,31 +2,38 @@
 
 python -m benchmarks                          # everything, about ten minutes on two CPU cores
 python -m benchmarks --only rerank caption    # some of it
-python -m benchmarks --out /tmp/results       # elsewhere than benchmarks/results
+python -m benchmarks --out results            # elsewhere than benchmarks/results
+python -m benchmarks --op all --device cuda --dtype bf16      # every operator on a GPU
+python -m benchmarks --op cross_attention --backend torch     # one operator, one backend
+TRITON_INTERPRET=1 python -m benchmarks --op all --small      # the kernels without a GPU, tiny
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.bench_ops import OPTIONS_VAR
+from benchmarks.op_cases import CASES
 from benchmarks.report import Row, write_page
 
 HERE = Path(__file__).parent
 NAMES = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
@@ -34,7 +41,27 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
     parser.add_argument("--out", type=Path, default=HERE / "results")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--op", nargs="+", choices=["all", *CASES], metavar="OP", help=", ".join(CASES)
+    )
+    parser.add_argument("--backend", default="all", help="names separated by commas")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of operators")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--small", action="store_true", help="tiny operators, for the interpreter")
+    arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU is visible to PyTorch; --small runs the kernels in the interpreter")
+    if arguments.op:
+        arguments.only = ["ops"]
+        os.environ[OPTIONS_VAR] = json.dumps(
+            {
+                "op": list(CASES) if "all" in arguments.op else arguments.op,
+                **{
+                    name: getattr(arguments, name)
+                    for name in ("backend", "device", "dtype", "small")
+                },
+            }
+        )
     parts, status = [], 0
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.only:  # each in a process of its own, so that none inherits a heap
@@ -44,9 +71,10 @@ def main() -> int:
                 parts.append(json.loads(raw.read_text()))
     if not parts:
         return status or 1
-    results = digest(parts)
+    results = digest(parts, arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"{slug(results['machine']['cpu'])}.json"
+    kind = "-interpreted" if arguments.small else ""
+    path = arguments.out / f"{slug(results['machine']['name'])}{kind}.json"
     if path.exists() and arguments.only != NAMES:
         results["rows"] = merged(json.loads(path.read_text())["rows"], results["rows"])
     path.write_text(json.dumps(results, indent=1) + "\n")
@@ -64,7 +92,7 @@ def run_file(path: Path, raw: Path) -> int:
     return subprocess.run(command, cwd=HERE.parent, check=False).returncode
 
 
-def digest(parts: list[dict[str, Any]]) -> dict[str, Any]:
+def digest(parts: list[dict[str, Any]], device: str = "cpu") -> dict[str, Any]:
     """What a reader needs of pytest-benchmark's outputs, and what machine and versions it is of."""
     raw = parts[0]
     rows = [
@@ -80,17 +108,26 @@ def digest(parts: list[dict[str, Any]]) -> dict[str, Any]:
         for part in parts
         for entry in part["benchmarks"]
     ]
+    names = ("blipfast", "torch", "transformers", "triton")
     return {
         "command": "python -m benchmarks",
         "date": raw["datetime"][:10],
-        "machine": {
-            "cpu": raw["machine_info"].get("cpu", {}).get("brand_raw", platform.processor()),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-        },
-        "versions": {name: version(name) for name in ("blipfast", "torch", "transformers")},
+        "machine": cuda_machine() if device == "cuda" else cpu_machine(raw["machine_info"]),
+        "versions": {name: version(name) for name in names if find_spec(name)},
         "rows": [row.to_dict() for row in rows],
     }
+
+
+def cpu_machine(info: dict[str, Any]) -> dict[str, str]:
+    threads = f"{torch.get_num_threads()} threads"
+    name = info.get("cpu", {}).get("brand_raw", platform.processor())
+    return {"name": name, "details": f"{threads}, {torch.backends.cpu.get_cpu_capability()}"}
+
+
+def cuda_machine() -> dict[str, str]:
+    card = torch.cuda.get_device_properties(0)
+    details = f"{card.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+    return {"name": card.name, "details": details}
 
 
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:

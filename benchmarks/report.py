@@ -31,9 +31,9 @@ def write_page(results: dict[str, Any], stem: Path) -> Path:
     plot(rows, stem.with_suffix(".svg"))
     machine, versions = results["machine"], results["versions"]
     lines = [
-        f"# {machine['cpu']}, {machine['threads']} threads, {results['date']}",
+        f"# {machine['name']}, {results['date']}",
         "",
-        f"`{results['command']}`; {machine['capability']}; "
+        f"`{results['command']}`; {machine['details']}; "
         + ", ".join(f"{name} {number}" for name, number in versions.items())
         + ". Random weights, base size; medians; each pair gave equal results before it was timed; "
         "freed memory is kept for all (`blipfast.environment.keep_freed_memory`).",
@@ -51,22 +51,27 @@ def write_page(results: dict[str, Any], stem: Path) -> Path:
 
 
 def best_of_ours(group: str, rows: list[Row]) -> Row:
-    """Our row of a group; where several backends of ours ran, the fastest."""
-    own = [row for row in rows if row.group == group and is_ours(row)]
-    return min(own, key=lambda row: row.median)
+    """Our row of a group; of several backends of ours the fastest; where none ran, code's."""
+    members = [row for row in rows if row.group == group]
+    own = [row for row in members if is_ours(row)]
+    return min(own or members, key=lambda row: row.median)
 
 
 def is_ours(row: Row) -> bool:
-    return row.code in (OURS, "native", "torch", "triton")
+    return row.code in (OURS, "native", "torch", "triton", "triton_interpreter")
 
 
 def table_line(row: Row, rows: list[Row]) -> str:
     ratio = row.median / best_of_ours(row.group, rows).median
     notes = ", ".join(f"{name} {short(value)}" for name, value in row.extra.items())
     return (
-        f"| {row.group} | {row.code} | {row.median:.3f} | {row.slowest:.3f} to {row.fastest:.3f} "
-        f"| {ratio:.2f} | {notes} |"
+        f"| {row.group} | {row.code} | {seconds(row.median)} | {seconds(row.slowest)} to "
+        f"{seconds(row.fastest)} | {ratio:.2f} | {notes} |"
     )
+
+
+def seconds(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.1 else f"{value:.3g}"
 
 
 def short(value: Any) -> str:

@@ -63,6 +63,10 @@ class Backends:
     def names(self) -> list[str]:
         return list(self._backends)
 
+    def can_run(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether backend `name` would run on `tensor`."""
+        return self._backends[name].why_not(tensor) is None
+
     def choose(self, tensor: torch.Tensor, impl: str = "auto") -> tuple[str, str]:
         """The backend for `tensor` and the reason, as `(name, why)`.
 
@@ -130,7 +134,12 @@ def explain(
     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
     """For each operator the backend that `auto` takes on `device`, and why."""
+    probe = torch.empty(0, device=device, dtype=dtype)
+    return {op: table.choose(probe) for op, table in sorted(tables().items())}
+
+
+def tables() -> dict[str, Backends]:
+    """The backends of every operator."""
     for module in _OPERATORS:
         import_module(f"blipfast.ops.{module}")
-    probe = torch.empty(0, device=device, dtype=dtype)
-    return {op: table.choose(probe) for op, table in sorted(_tables.items())}
+    return _tables

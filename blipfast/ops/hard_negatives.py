@@ -139,10 +139,9 @@ def _triton_backend(
     key_ids: Tensor | None,
     *options: float,
 ) -> Tensor:
+    from blipfast.kernels.hard_negatives import sample_op
 
-    drawn: Tensor = torch.ops.blipfast.triton_sample_hard_negatives(
-        query, keys, temperature, query_ids, key_ids, *options
-    )
+    drawn: Tensor = sample_op(query, keys, temperature, query_ids, key_ids, *options)
     return drawn
 
 

@@ -191,7 +191,7 @@ def run_sample(
     return drawn
 
 
-_sample = torch.library.custom_op(
+sample_op = torch.library.custom_op(
     "blipfast::triton_sample_hard_negatives",
     run_sample,
     mutates_args=(),
@@ -201,6 +201,6 @@ _sample = torch.library.custom_op(
 )
 
 
-@_sample.register_fake
+@sample_op.register_fake
 def _(query, keys, temperature, query_ids, key_ids, *options):  # type: ignore[no-untyped-def]
     return query.new_empty((query.shape[0], options[-1]), dtype=torch.int64)

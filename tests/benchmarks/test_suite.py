@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks import original, workloads
-from benchmarks.__main__ import digest, merged, slug
+from benchmarks.__main__ import digest, main, merged, slug
 from benchmarks.bench_vqa_rank import answer_texts
 from benchmarks.flops import count_flops
 from benchmarks.report import Row, write_page
@@ -103,3 +107,39 @@ def test_page_and_json(tmp_path: Path) -> None:
     assert (tmp_path / "a-cpu.svg").read_text().count("4.0x") == 1
     newer = Row("work", "blipfast", 0.4, 0.4, 0.4, 3).to_dict()
     assert merged(results["rows"], [newer]) == [newer]
+
+
+def test_every_kernel_runs_through_its_operator_in_the_interpreter(tmp_path: Path) -> None:
+    """As a user without a GPU tries them: one command, a fresh process, nothing imported before."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--op", "all", "--small", "--out", str(tmp_path)],
+        cwd=Path(__file__).parent.parent.parent,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = tmp_path.glob("*-interpreted.json")
+    rows = json.loads(found.read_text())["rows"]
+    by_code = {code: {r["group"] for r in rows if r["code"] == code} for code in codes(rows)}
+    assert {group.split(",")[0] for group in by_code["triton_interpreter"]} == {
+        "contrastive_softmax",
+        "cross_attention",
+        "linear_cross_entropy",
+        "sample_hard_negatives",
+    }
+    assert all(row["extra"]["share_of_roof"] > 0 for row in rows)
+    assert found.with_suffix(".md").read_text().count("share_of_roof") == len(rows)
+
+
+def codes(rows: list[dict]) -> set[str]:
+    return {row["code"] for row in rows}
+
+
+def test_a_device_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit):
+        main(["--op", "all", "--device", "cuda"])
+    assert "no GPU is visible" in capsys.readouterr().err

@@ -1,0 +1,75 @@
+"""Every operator's backends beside plain PyTorch: forward and backward, and the share of the roof.
+
+What is timed is chosen by the options of `python -m benchmarks` (`--op`, `--backend`, `--device`,
+`--dtype`), which come here in the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.op_cases import CASES, Case, Setting, assert_same, codes_of
+from benchmarks.roofline import Roof, measure, synchronize
+
+OPTIONS_VAR = "BLIPFAST_BENCH_OPS"
+OPTIONS: dict[str, Any] = {
+    "op": list(CASES), "backend": "all", "device": "cpu", "dtype": "fp32", "small": False,
+    **json.loads(os.environ.get(OPTIONS_VAR, "{}")),
+}  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SETTING = Setting(torch.device(OPTIONS["device"]), DTYPES[OPTIONS["dtype"]], OPTIONS["small"])
+ROUNDS = 3 if SETTING.small else 9
+
+
+@cache
+def roof() -> Roof:
+    return measure(SETTING.device, SETTING.dtype)
+
+
+@cache
+def cases(op: str) -> list[Case]:
+    return CASES[op](SETTING)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    probe = torch.empty(0, device=SETTING.device, dtype=SETTING.dtype)
+    found = [
+        pytest.param(op, i, code, id=f"{op}-{i}-{code}")
+        for op in OPTIONS["op"]
+        for i, case in enumerate(cases(op))
+        for code in codes_of(op, case, probe, OPTIONS["backend"])
+    ]
+    metafunc.parametrize(("op", "index", "code"), found)
+
+
+def test_op(benchmark: Any, op: str, index: int, code: str) -> None:
+    case = cases(op)[index]
+    run = case.run(code)
+    if code not in case.baselines:
+        assert_same(case, run(), case.run(case.baselines[0])(), SETTING.dtype)
+
+    def timed() -> None:
+        run()
+        synchronize(SETTING.device)
+
+    benchmark.group = f"{case.name}, {OPTIONS['device']}, {OPTIONS['dtype']}"
+    benchmark.extra_info.update(code=code, **_peak(timed))
+    benchmark.pedantic(timed, rounds=ROUNDS, warmup_rounds=1 if SETTING.small else 3)
+    floor = roof().floor(case.bytes, case.flops)
+    benchmark.extra_info["share_of_roof"] = floor / benchmark.stats.stats.median
+
+
+def _peak(run: Any) -> dict[str, float]:
+    """MiB on a GPU that a call needs on top of its inputs."""
+    if SETTING.device.type != "cuda":
+        return {}
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return {"peak_mib": (torch.cuda.max_memory_allocated() - before) / 2**20}
