@@ -21,7 +21,8 @@ from blipfast.generation.sampling import (
     sample,
     uniform_draws,
 )
-from blipfast.models.text import CrossStates, TextTransformer
+from blipfast.models.streams import CrossStates
+from blipfast.models.text import TextTransformer
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blipfast.errors import ConfigError, ShapeError
-from blipfast.models.text import CrossAttention, CrossStates, TextLayer, TextTransformer
+from blipfast.models.streams import CrossStates
+from blipfast.models.text import CrossAttention, TextLayer, TextTransformer
 from blipfast.ops.linear_layers import few_rows_linear, few_rows_linears
 
 Cross = Literal["auto", "absorbed", "projected"]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from blipfast.errors import ConfigError, ShapeError
 from blipfast.models.config import BlipConfig, TextConfig
-from blipfast.models.text import CrossStates, LMHead, TextStream, TextTransformer, run_streams
+from blipfast.models.streams import CrossStates, TextStream, run_streams
+from blipfast.models.text import LMHead, TextTransformer
 from blipfast.models.vit import VisionTransformer
 from blipfast.ops.linear_layers import TiedTable
 from blipfast.ops.packing import Packing

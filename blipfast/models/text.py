@@ -4,27 +4,24 @@
   closed by a residual and a LayerNorm (post-LN).
 - Texts are packed: no layer computes on padding. `Packing` says where each text lies.
 - K/V of an image are projected once per layer, whoever looks at it (`CrossStates`).
-- `run_streams` carries several kinds of text (encoded bidirectionally, decoded causally) through
-  the layers in one pass; they meet in every module they share and part only where they do not.
+- Texts of several kinds go through the layers together (`streams.run_streams`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blipfast.errors import ConfigError, ShapeError
+from blipfast.errors import ShapeError
 from blipfast.models.config import Sharing, TextConfig
+from blipfast.models.streams import CrossStates, KeyValue, TextStream, cross_module
 from blipfast.ops.attention import CrossPlan, cross_attention, varlen_attention
 from blipfast.ops.linear_layers import linear
-from blipfast.ops.packing import Packing, SharedPrefixes, gather_rows
-
-KeyValue = tuple[Tensor, Tensor]  # (B, H, S, head_dim) each
+from blipfast.ops.packing import Packing, SharedPrefixes
 
 
 class Linear(nn.Linear):
@@ -277,145 +274,8 @@ class TextTransformer(nn.Module):
         states = CrossStates(embeds, lengths)
         if not project:
             return states
-        layers = [_cross_module(layer).project(embeds) for layer in self.layers]  # type: ignore[operator]
+        layers = [cross_module(layer).project(embeds) for layer in self.layers]  # type: ignore[operator]
         return replace(states, layers=tuple(layers))
-
-
-@dataclass(frozen=True)
-class CrossStates:
-    """`B` images (or questions) that texts look at.
-
-    embeds: one `(B, S, cross_width)` tensor, or two for NLVR2's pairs.
-    lengths: `(B,)` valid tokens of each, where some are padded.
-    layers: each layer's projected K/V, if projected ahead (`TextTransformer.cross_states`).
-    """
-
-    embeds: tuple[Tensor, ...]
-    lengths: Tensor | None = None
-    layers: tuple[tuple[KeyValue, ...], ...] | None = None
-
-    @property
-    def size(self) -> int:
-        return self.embeds[0].shape[0]
-
-    def key_values(self, layer: int, module: nn.Module) -> tuple[KeyValue, ...]:
-        if self.layers is not None:
-            return self.layers[layer]
-        return module.project(self.embeds)  # type: ignore[operator]
-
-
-@dataclass(frozen=True)
-class TextStream:
-    """Texts of one kind on their way through the layers of one transformer.
-
-    hidden: `(T, D)`, embedded. causal: decoded rather than encoded.
-    kv_index: for each text the image it looks at; None for a text on its own.
-    first_only: only each text's first token is wanted ([CLS], [ENC]); the last layer stops there.
-    prefixes: `hidden` holds nodes that several texts share, packed by what they look at.
-    """
-
-    text: TextTransformer
-    hidden: Tensor
-    packing: Packing
-    causal: bool = False
-    kv_index: Sequence[int] | None = None
-    first_only: bool = False
-    prefixes: SharedPrefixes | None = None
-
-
-def run_streams(streams: Sequence[TextStream], states: CrossStates | None = None) -> list[Tensor]:
-    """Carries all streams through the layers in one pass; returns `(T, D)`, or `(N, D)`, of each.
-
-    Streams that share a module run through it together, so that an image's K/V are projected and
-    read once for all of them. states: what the streams look at; None skips cross-attention.
-    Raises ConfigError when the depths differ, or states are wrongly given or missing.
-    """
-    _check_streams(streams, states)
-    num_layers = len(streams[0].text.layers)
-    hidden = torch.cat([s.hidden for s in streams]) if len(streams) > 1 else streams[0].hidden
-    plans: dict[tuple[int, int], CrossPlan] = {}
-    for i in range(num_layers):
-        layers = [s.text.layers[i] for s in streams]
-        parts = [
-            layer.self_attention(part, s.packing, s.causal, s.prefixes)  # type: ignore[operator]
-            for layer, part, s in zip(layers, _split(hidden, streams), streams, strict=True)
-        ]
-        if i == num_layers - 1 and any(s.first_only for s in streams):
-            parts = [_first_tokens(part, s) for part, s in zip(parts, streams, strict=True)]
-            streams = [_shortened(s) for s in streams]
-            plans = {}
-        hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if states is not None:
-            hidden = _cross(
-                i, [_cross_module(layer) for layer in layers], hidden, streams, states, plans
-            )
-        feed_forward: list[nn.Module] = [layer.feed_forward for layer in layers]  # type: ignore[misc]
-        hidden = _shared(feed_forward, hidden, streams, lambda module, x, *_: module(x))
-    return list(_split(hidden, streams))
-
-
-def _cross(
-    i: int,
-    modules: list[nn.Module],
-    hidden: Tensor,
-    streams: Sequence[TextStream],
-    states: CrossStates,
-    plans: dict[tuple[int, int], CrossPlan],
-) -> Tensor:
-    def attend(module: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
-        if (start, stop) not in plans:
-            packing, index = streams[start].packing, list(streams[start].kv_index or ())
-            for stream in streams[start + 1 : stop]:
-                packing, index = packing + stream.packing, index + list(stream.kv_index or ())
-            plans[start, stop] = CrossPlan.build(packing, index, states.size, states.lengths)
-        return module(x, states.key_values(i, module), plans[start, stop])
-
-    return _shared(modules, hidden, streams, attend)
-
-
-def _shared(
-    modules: list[nn.Module],
-    hidden: Tensor,
-    streams: Sequence[TextStream],
-    apply: Callable[[nn.Module, Tensor, int, int], Tensor],
-) -> Tensor:
-    """Applies each stream's module to it, once for neighbours that have it in common."""
-    runs = [list(group) for _, group in groupby(range(len(modules)), lambda j: id(modules[j]))]
-    if len(runs) == 1:
-        return apply(modules[0], hidden, 0, len(modules))
-    sizes = [sum(streams[j].packing.total for j in run) for run in runs]
-    parts = zip(runs, hidden.split(sizes), strict=True)
-    return torch.cat([apply(modules[run[0]], x, run[0], run[-1] + 1) for run, x in parts])
-
-
-def _split(hidden: Tensor, streams: Sequence[TextStream]) -> Sequence[Tensor]:
-    return hidden.split([s.packing.total for s in streams]) if len(streams) > 1 else [hidden]
-
-
-def _first_tokens(part: Tensor, stream: TextStream) -> Tensor:
-    return gather_rows(part, stream.packing.first_tokens) if stream.first_only else part
-
-
-def _shortened(stream: TextStream) -> TextStream:
-    if not stream.first_only:
-        return stream
-    ones = Packing.from_lengths([1] * stream.packing.num_sequences, stream.packing.device)
-    return replace(stream, packing=ones)
-
-
-def _cross_module(layer: nn.Module) -> nn.Module:
-    return layer.cross_attention  # type: ignore[return-value]
-
-
-def _check_streams(streams: Sequence[TextStream], states: CrossStates | None) -> None:
-    if len({len(s.text.layers) for s in streams}) != 1:
-        raise ConfigError("streams of one pass must have the same number of layers")
-    if any((s.kv_index is None) != (states is None) for s in streams):
-        raise ConfigError("streams that look at images need both kv_index and states")
-    if any(s.first_only and 0 in s.packing.lengths for s in streams):
-        raise ShapeError("a text has no tokens, so no first token either")
-    if states is not None and any(_cross_module(s.text.layers[0]) is None for s in streams):
-        raise ConfigError("this text transformer was built without cross-attention")
 
 
 def _init_weights(module: nn.Module) -> None:

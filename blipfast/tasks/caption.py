@@ -12,7 +12,7 @@ from blipfast.errors import ShapeError
 from blipfast.generation import Generation, evaluation, generate
 from blipfast.models.blip import Blip, PackedText
 from blipfast.models.config import BlipConfig
-from blipfast.models.text import run_streams
+from blipfast.models.streams import run_streams
 from blipfast.objectives.lm import lm_loss
 
 

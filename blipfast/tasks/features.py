@@ -8,7 +8,7 @@ from torch import Tensor
 
 from blipfast.models.blip import Blip, PackedText
 from blipfast.models.config import BlipConfig
-from blipfast.models.text import run_streams
+from blipfast.models.streams import run_streams
 
 
 class BlipFeatureExtractor(Blip):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from blipfast.errors import ShapeError
 from blipfast.models.blip import Blip, PackedText
 from blipfast.models.config import BlipConfig
-from blipfast.models.text import run_streams
+from blipfast.models.streams import run_streams
 
 
 @dataclass

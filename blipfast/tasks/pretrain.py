@@ -14,7 +14,7 @@ from torch import Tensor
 from blipfast.errors import ShapeError
 from blipfast.models.blip import Blip, PackedText
 from blipfast.models.config import BlipConfig
-from blipfast.models.text import run_streams
+from blipfast.models.streams import run_streams
 from blipfast.objectives.itc import FeatureQueue, clamp_temperature_, itc_loss
 from blipfast.objectives.itm import Negatives, draw_negatives, itm_loss
 from blipfast.objectives.lm import lm_loss

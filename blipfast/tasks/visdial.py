@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from blipfast.errors import ShapeError
 from blipfast.models.blip import Blip, PackedText
 from blipfast.models.config import BlipConfig
-from blipfast.models.text import CrossStates, TextTransformer, run_streams
+from blipfast.models.streams import CrossStates, run_streams
+from blipfast.models.text import TextTransformer
 
 
 @dataclass

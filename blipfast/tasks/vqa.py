@@ -18,7 +18,7 @@ from blipfast.models.blip import Blip, PackedText
 from blipfast.models.config import BlipConfig
 from blipfast.models.prefix_tree import PrefixTree
 from blipfast.models.reference import encode_padded
-from blipfast.models.text import CrossStates, run_streams
+from blipfast.models.streams import CrossStates, run_streams
 from blipfast.objectives.lm import lm_loss
 from blipfast.ops.linear_ce import linear_cross_entropy
 

@@ -10,7 +10,8 @@ import torch
 from blipfast.errors import ConfigError, ShapeError
 from blipfast.models.blip import Blip, PackedText
 from blipfast.models.config import BlipConfig, blip_config
-from blipfast.models.text import TextTransformer, run_streams
+from blipfast.models.streams import run_streams
+from blipfast.models.text import TextTransformer
 
 
 def model(**parts) -> Blip:

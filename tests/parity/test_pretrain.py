@@ -7,7 +7,7 @@ import torch
 
 from blipfast import load_model
 from blipfast.checkpoints import original_state_dict
-from blipfast.models.text import run_streams
+from blipfast.models.streams import run_streams
 
 
 def _step(model, golden):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from blipfast import load_model
 from blipfast.checkpoints import original_state_dict
 from blipfast.evaluation.retrieval import recall_metrics, score_retrieval
-from blipfast.models.text import run_streams
+from blipfast.models.streams import run_streams
 
 
 def test_step_and_state(golden, checkpoint, check) -> None:

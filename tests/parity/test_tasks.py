@@ -7,7 +7,7 @@ import torch
 
 from blipfast import load_model
 from blipfast.models.blip import PackedText
-from blipfast.models.text import run_streams
+from blipfast.models.streams import run_streams
 
 
 def test_caption(golden, checkpoint, check) -> None:
