@@ -7,20 +7,17 @@ the texts of the web pictures differ.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from blipfast.capfilt import CapFiltConfig, CapFiltReport, Decision, read_manifest, run_capfilt
+from blipfast.capfilt import CapFiltConfig, CapFiltReport, read_manifest, run_capfilt
 from blipfast.capfilt.decisions import write_lines
 from blipfast.checkpoints import save_model
 from blipfast.data import BlipTokenizer, ShardWriter, read_shards
@@ -35,76 +32,17 @@ from blipfast.demo.learning import (
     pretrain,
 )
 from blipfast.demo.measure import (
-    CaptionResult,
-    FilterResult,
-    RetrievalResult,
     measure_captions,
     measure_filter,
     measure_retrieval,
 )
 from blipfast.demo.page import write_page
+from blipfast.demo.result import DemoResult, Side
 from blipfast.demo.samples import Samples
 from blipfast.demo.scenes import DemoData, build_demo_data
 from blipfast.demo.settings import DemoSettings
 from blipfast.errors import DataError
 from blipfast.models.vit import VisionTransformer
-from blipfast.train.history import History
-
-
-@dataclass
-class Side:
-    """One of the two models that are compared: "noisy" or "bootstrapped"."""
-
-    alignment: History
-    pretraining: History
-    captioning: History
-    retrieval: RetrievalResult
-    captions: CaptionResult
-    pairs: int
-
-
-@dataclass
-class DemoResult:
-    """All that the page tells."""
-
-    settings: DemoSettings
-    data: DemoData
-    noisy: Side
-    bootstrapped: Side
-    naming: History
-    filtering: History
-    filter: FilterResult
-    capfilt: CapFiltReport
-    decisions: list[Decision]
-    seconds: dict[str, float] = field(default_factory=dict)
-    machine: str = ""
-    parameters: int = 0
-    page: Path = Path()
-
-    def numbers(self) -> dict[str, Any]:
-        """The figures, for `results.json`."""
-
-        def side(its: Side) -> dict[str, Any]:
-            return {
-                "itc": its.retrieval.itc.to_dict(),
-                "itm": its.retrieval.itm.to_dict(),
-                "cider": its.captions.cider,
-                "pairs": its.pairs,
-                "samples_per_second": its.pretraining.samples_per_second,
-            }
-
-        judged = {k: v for k, v in self.filter.to_dict().items() if k not in ("right", "wrong")}
-        return {
-            "settings": dataclasses.asdict(self.settings),
-            "noisy": side(self.noisy),
-            "bootstrapped": side(self.bootstrapped),
-            "chance_r5": self.noisy.retrieval.chance(5),
-            "filter": judged,
-            "capfilt": dataclasses.asdict(self.capfilt),
-            "seconds": self.seconds,
-            "machine": self.machine,
-            "parameters": self.parameters,
-        }
 
 
 def run_demo(settings: DemoSettings, console: Console | None = None) -> DemoResult:

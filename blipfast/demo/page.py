@@ -7,7 +7,6 @@ import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -15,11 +14,9 @@ from blipfast.capfilt import Decision
 from blipfast.data.records import image_extension
 from blipfast.demo.concepts import CONCEPTS
 from blipfast.demo.figures import filter_plots, loss_curves
+from blipfast.demo.result import DemoResult
 from blipfast.demo.scenes import DemoRecord
 from blipfast.errors import DataError
-
-if TYPE_CHECKING:
-    from blipfast.demo.main_job import DemoResult
 
 _GALLERY = 24
 _EXAMPLES = 8

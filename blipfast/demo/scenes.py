@@ -32,7 +32,6 @@ from blipfast.demo.captions import (
     vocabulary_texts,
 )
 from blipfast.demo.concepts import BACKGROUNDS, CONCEPTS
-from blipfast.demo.sheet import contact_sheet
 from blipfast.errors import DataError
 
 __all__ = [
@@ -42,7 +41,6 @@ __all__ = [
     "Scene",
     "available_artists",
     "build_demo_data",
-    "contact_sheet",
     "render",
     "vocabulary_texts",
 ]

@@ -20,7 +20,7 @@ from blipfast.demo import scenes as scenes_module
 from blipfast.demo.artists import ATTRIBUTION, available_artists, require_artist, sprite
 from blipfast.demo.captions import Claim, Scene, Writer, draw_claim, falsify, vocabulary_texts
 from blipfast.demo.concepts import BACKGROUNDS, CONCEPTS, code_point
-from blipfast.demo.scenes import DemoData, build_demo_data, contact_sheet, render
+from blipfast.demo.scenes import DemoData, build_demo_data, render
 from blipfast.errors import DataError
 
 VOCAB = Path(__file__).parents[1] / "fixtures" / "reference" / "vocab.txt"
@@ -241,14 +241,6 @@ def test_missing_artists_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) ->
         require_artist("twemoji")
     with pytest.raises(DataError, match="fonts-noto-color-emoji"):
         require_artist("noto")
-
-
-def test_contact_sheet(data: DemoData, tmp_path: Path) -> None:
-    path = contact_sheet(data.web[:7], tmp_path / "sheet.png", columns=3)
-    assert load_image(path).size == (3 * 184, 3 * 120)
-    assert [p.name for p in tmp_path.iterdir()] == ["sheet.png"]
-    with pytest.raises(DataError, match="at least one"):
-        contact_sheet([], path)
 
 
 def test_attribution_names_every_artist() -> None:
