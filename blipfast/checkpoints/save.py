@@ -24,9 +24,11 @@ from blipfast.checkpoints.load import LoadReport, load_model, tie_groups
 from blipfast.checkpoints.mapping import Entry, layout, to_foreign
 from blipfast.checkpoints.rules import task_of_model
 from blipfast.checkpoints.source import CONFIG, FORMAT, FORMAT_VERSION, WEIGHTS
+from blipfast.data.images import IMAGE_MEAN, IMAGE_STD
 from blipfast.errors import CheckpointError, ConfigError
 from blipfast.models.blip import Blip
 
+PREPROCESSOR = "preprocessor_config.json"
 _ARCHITECTURES = {
     "caption": "BlipForConditionalGeneration",
     "vqa": "BlipForQuestionAnswering",
@@ -75,7 +77,8 @@ def save_hf(
 
     Those are BlipForConditionalGeneration (caption), BlipForQuestionAnswering (vqa) and
     BlipForImageTextRetrieval (retrieval, without training state and temperature).
-    tokenizer: anything with `save_pretrained(directory)`, written along.
+    tokenizer: anything with `save_pretrained(directory)`, such as a `BlipTokenizer`, written along:
+    then `BlipProcessor.from_pretrained` reads the directory too.
     Raises CheckpointError for other tasks, and as `save_model`.
     """
     task = task_of_model(model)
@@ -98,10 +101,28 @@ def save_hf(
     def write(temporary: Path) -> None:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         _write_json(temporary / CONFIG, config)
+        _write_json(temporary / PREPROCESSOR, _image_processor(model.config.vision.image_size))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
 
     return _write_directory(Path(directory), write, overwrite)
+
+
+def _image_processor(size: int) -> dict[str, Any]:
+    """The settings of transformers' BlipImageProcessor that equal `EvalTransform(size)`."""
+    return {
+        "processor_class": "BlipProcessor",
+        "image_processor_type": "BlipImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGE_MEAN),
+        "image_std": list(IMAGE_STD),
+    }
 
 
 def hf_state_dict(model: Blip) -> dict[str, Tensor]:

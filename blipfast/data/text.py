@@ -186,6 +186,20 @@ class BlipTokenizer:
             temporary.unlink(missing_ok=True)
         return file
 
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+        """Write what transformers' `AutoTokenizer` and `BlipProcessor` read; returns the folder."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save(folder)
+        settings = {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": True,
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+        text = json.dumps(settings, indent=2) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        return folder
+
     @classmethod
     def subset(
         cls, texts: Iterable[str], base_vocab: BlipTokenizer | str | os.PathLike[str]

@@ -7,11 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from blipfast import load_model
 from blipfast.checkpoints import save_hf
+from blipfast.data import BlipTokenizer, EvalTransform
 from blipfast.models.blip import PackedText
+from blipfast.models.config import blip_config
+from blipfast.tasks.caption import BlipForCaptioning
 
+VOCAB = Path(__file__).parents[1] / "fixtures" / "reference" / "vocab.txt"
 DEC, ENC = 150, 151
 TINY = {
     "text": {
@@ -175,3 +180,19 @@ def test_shards_and_pickles(tmp_path: Path) -> None:
         for key, tensor in model.state_dict().items():
             assert torch.equal(tensor, whole[key]), key
         assert set(report.unused) == ({"position ids"} if folder == "old" else set())
+
+
+def test_their_processor_reads_what_we_write(tmp_path: Path) -> None:
+    """The same pixels as ours but for the last bit of bicubic rounding, and the same ids."""
+    tokenizer = BlipTokenizer.from_file(VOCAB)
+    model = BlipForCaptioning(blip_config("blip_tiny"))
+    save_hf(model, tmp_path / "hf", tokenizer)
+    processor = transformers.BlipProcessor.from_pretrained(tmp_path / "hf")
+    picture = Image.effect_mandelbrot((90, 70), (-2, -1.5, 1, 1.5), 60).convert("RGB")
+    text = "a picture of two cats"
+    theirs = processor(images=picture, text=text, return_tensors="pt")
+    size = model.config.vision.image_size
+    pixels = EvalTransform(size)(picture)
+    assert theirs["pixel_values"][0].shape == pixels.shape
+    torch.testing.assert_close(theirs["pixel_values"][0], pixels, atol=0.02, rtol=0)
+    assert theirs["input_ids"].tolist() == tokenizer(text).input_ids.tolist()
