@@ -32,7 +32,7 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} does not load beside torch {torch.__version__}: {error}"
-    if not hasattr(torch.ops.blipfast_native, "few_rows_linear"):
+    if not hasattr(torch.ops.blipfast_native, "draw_negatives"):
         return f"{LIBRARY.name} is of another version of blipfast; build it again (make native)"
     _register_fakes()
     return None
@@ -43,6 +43,10 @@ def _register_fakes() -> None:
     def _(rows: Tensor, keys: Tensor, temperature: Tensor, amx: bool) -> tuple[Tensor, Tensor]:
         mean = rows.new_empty(rows.shape, dtype=torch.float32)
         return mean.new_empty(rows.shape[0]), mean
+
+    @torch.library.register_fake("blipfast_native::draw_negatives")
+    def _(scores, query_ids, key_ids, *options):  # type: ignore[no-untyped-def]
+        return scores.new_empty(scores.shape[0], options[-1], dtype=torch.int64)
 
     @torch.library.register_fake("blipfast_native::few_rows_linear")
     def _(rows: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from blipfast.errors import ShapeError
-from blipfast.ops import _triton
+from blipfast.ops import _native, _triton
 from blipfast.ops._dispatch import Backends
 
 _WORD = 0xFFFFFFFF
@@ -146,6 +146,31 @@ def _triton_backend(
 
 
 backends.register("triton", _triton.why_not)(_triton_backend)
+
+
+@backends.register("native", _native.why_not)
+def _native_backend(
+    query: Tensor,
+    keys: Tensor,
+    temperature: Tensor,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    *options: float,
+) -> Tensor:
+    """PyTorch's product by blocks of rows; a row's draw in one pass of C++ over its scores."""
+    run = torch.ops.blipfast_native.draw_negatives
+    eps, offset, seed, step, stream, first_row, first_column, num = options
+    block = max(1, _SCORES // max(1, len(keys)))
+    if query_ids is not None and key_ids is not None:
+        query_ids, key_ids = query_ids.long().contiguous(), key_ids.long().contiguous()
+    with torch.autocast("cpu", enabled=False):
+        keys_t, parts = keys.float().T, []
+        for start in range(0, max(1, len(query)), block):
+            scores = query[start : start + block].float() @ keys_t / temperature.float()
+            ids = None if query_ids is None else query_ids[start : start + block]
+            counters = (seed, step, stream, first_row + start, first_column, num)
+            parts.append(run(scores, ids, key_ids, eps, offset + start, *counters))
+    return torch.cat(parts)
 
 
 @backends.register("torch")

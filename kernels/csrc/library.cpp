@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "draw_negatives.h"
 #include "few_rows_linear.h"
 #include "isa.h"
 #include "softmax_mean.h"
@@ -28,6 +29,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(blipfast_native, m) {
   m.def("amx_bf16() -> bool");
   m.def(
       "softmax_mean(Tensor rows, Tensor keys, Tensor temperature, bool amx) -> (Tensor, Tensor)");
+  m.def(
+      "draw_negatives(Tensor scores, Tensor? query_ids, Tensor? key_ids, float eps, int offset,"
+      " int seed, int step, int stream, int first_row, int first_column, int num) -> Tensor");
   m.def("few_rows_linear(Tensor rows, Tensor weight, Tensor bias, bool gelu) -> Tensor");
   m.def("varlen_attention(Tensor qkv, Tensor cu_seqlens, bool causal) -> Tensor");
 }
@@ -39,6 +43,7 @@ STABLE_TORCH_LIBRARY_IMPL(blipfast_native, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(blipfast_native, CPU, m) {
   m.impl("softmax_mean", TORCH_BOX(&blipfast::softmax_mean));
+  m.impl("draw_negatives", TORCH_BOX(&blipfast::draw_negatives));
   m.impl("few_rows_linear", TORCH_BOX(&blipfast::few_rows_linear));
   m.impl("varlen_attention", TORCH_BOX(&blipfast::varlen_attention));
 }

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import blipfast.ops.hard_negatives as hard_negatives
 from blipfast.errors import ShapeError
+from blipfast.ops import _native
 from blipfast.ops.hard_negatives import (
     hard_negative_weights,
     philox,
@@ -17,6 +18,8 @@ from blipfast.ops.hard_negatives import (
 )
 
 TEMPERATURE = torch.tensor(0.2)
+# The C++ operator where it was built; float64 and fp16 are not for it.
+IMPLS = ["reference", "torch", *(["native"] if _native.why_not() is None else [])]
 
 
 def features(rows: int, width: int = 16, seed: int = 0) -> Tensor:
@@ -76,7 +79,7 @@ def test_weights_follow_the_formula() -> None:
     assert torch.equal(by_id == 0, ids[0][:, None] == ids[1][None, :])
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("eps", [0.0, 1e-4, 0.05])
 def test_chi_squared(impl: str, eps: float) -> None:
     rows, keys = 20_000, features(9, seed=1)
@@ -124,7 +127,7 @@ def test_without_replacement_second_draw_has_the_conditional_distribution() -> N
 
 @pytest.mark.parametrize("num", [1, 3, 40])
 @pytest.mark.parametrize(("size", "total"), [(1, 1), (1, 2), (5, 5), (13, 37), (64, 64)])
-def test_torch_equals_reference(size: int, total: int, num: int) -> None:
+def test_every_backend_draws_the_same(size: int, total: int, num: int) -> None:
     query, keys = features(size), features(total, seed=1)
     for options in (
         {"eps": 1e-4},
@@ -134,9 +137,9 @@ def test_torch_equals_reference(size: int, total: int, num: int) -> None:
         options = {"num": num, **options}
         draws = [
             sample_hard_negatives(query, keys, TEMPERATURE, impl=impl, **options)  # type: ignore[arg-type]
-            for impl in ("torch", "reference")
+            for impl in IMPLS
         ]
-        assert torch.equal(*draws)
+        assert all(torch.equal(draw, draws[0]) for draw in draws)
         assert draws[0].shape == ((size,) if num == 1 else (size, num))
         assert draws[0].dtype == torch.int64
 
@@ -181,7 +184,7 @@ def test_own_rank_draws_use_global_numbers() -> None:
     assert rank_1.tolist() == first_of_own
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_rows_with_nothing_to_draw(impl: str) -> None:
     one = features(1)
     assert sample_hard_negatives(one, one, TEMPERATURE, eps=1e-4, impl=impl).tolist() == [-1]
@@ -197,7 +200,7 @@ def test_rows_with_nothing_to_draw(impl: str) -> None:
     assert (few[:, 3:] == -1).all()
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("temperature", [0.0, float("nan")])
 def test_useless_temperature_draws_nothing(temperature: float, impl: str) -> None:
     drawn = sample_hard_negatives(features(4), features(4), torch.tensor(temperature), impl=impl)
