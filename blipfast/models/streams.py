@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,6 @@ from torch import Tensor, nn
 from blipfast.errors import ConfigError, ShapeError
 from blipfast.ops.attention import CrossPlan
 from blipfast.ops.packing import Packing, SharedPrefixes, gather_rows
-
-if TYPE_CHECKING:
-    from blipfast.models.text import TextTransformer
 
 KeyValue = tuple[Tensor, Tensor]  # (B, H, S, head_dim) each
 
@@ -50,7 +46,7 @@ class CrossStates:
 
 @dataclass(frozen=True)
 class TextStream:
-    """Texts of one kind on their way through the layers of one transformer.
+    """Texts of one kind on their way through a transformer's `layers` (`TextLayer`).
 
     hidden: `(T, D)`, embedded. causal: decoded rather than encoded.
     kv_index: for each text the image it looks at; None for a text on its own.
@@ -58,7 +54,7 @@ class TextStream:
     prefixes: `hidden` holds nodes that several texts share, packed by what they look at.
     """
 
-    text: TextTransformer
+    layers: nn.ModuleList
     hidden: Tensor
     packing: Packing
     causal: bool = False
@@ -75,11 +71,11 @@ def run_streams(streams: Sequence[TextStream], states: CrossStates | None = None
     Raises ConfigError when the depths differ, or states are wrongly given or missing.
     """
     _check_streams(streams, states)
-    num_layers = len(streams[0].text.layers)
+    num_layers = len(streams[0].layers)
     hidden = torch.cat([s.hidden for s in streams]) if len(streams) > 1 else streams[0].hidden
     plans: dict[tuple[int, int], CrossPlan] = {}
     for i in range(num_layers):
-        layers = [s.text.layers[i] for s in streams]
+        layers = [s.layers[i] for s in streams]
         parts = [
             layer.self_attention(part, s.packing, s.causal, s.prefixes)  # type: ignore[operator]
             for layer, part, s in zip(layers, _split(hidden, streams), streams, strict=True)
@@ -153,11 +149,11 @@ def cross_module(layer: nn.Module) -> nn.Module:
 
 
 def _check_streams(streams: Sequence[TextStream], states: CrossStates | None) -> None:
-    if len({len(s.text.layers) for s in streams}) != 1:
+    if len({len(s.layers) for s in streams}) != 1:
         raise ConfigError("streams of one pass must have the same number of layers")
     if any((s.kv_index is None) != (states is None) for s in streams):
         raise ConfigError("streams that look at images need both kv_index and states")
     if any(s.first_only and 0 in s.packing.lengths for s in streams):
         raise ShapeError("a text has no tokens, so no first token either")
-    if states is not None and any(cross_module(s.text.layers[0]) is None for s in streams):
+    if states is not None and any(cross_module(s.layers[0]) is None for s in streams):
         raise ConfigError("this text transformer was built without cross-attention")

@@ -262,7 +262,7 @@ class TextTransformer(nn.Module):
             )
         positions = packing.positions if positions is None else positions
         hidden = self.embeddings(input_ids, positions, words)
-        return TextStream(self, hidden, packing, **options)  # type: ignore[arg-type]
+        return TextStream(self.layers, hidden, packing, **options)  # type: ignore[arg-type]
 
     def cross_states(
         self, *embeds: Tensor, lengths: Tensor | None = None, project: bool = False
