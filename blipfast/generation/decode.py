@@ -28,6 +28,9 @@ Cross = Literal["auto", "absorbed", "projected"]
 _Pair = tuple[Tensor, Tensor]  # weight and bias
 
 
+_TILE = 32  # states, so that they fill whole tiles on either side of a product
+
+
 @dataclass(frozen=True)
 class _LayerWeights:
     qkv: _Pair
@@ -51,13 +54,24 @@ class _ImageAttention(Protocol):
 
 
 class _Absorbed:
-    """The projections of K and V moved to the query's side."""
+    """The projections of K and V moved to the query's side.
+
+    The states are padded to whole tiles and kept in both orders, as the weights of two few-row
+    layers; padding and masked states have a score of minus infinity.
+    """
 
     def __init__(
-        self, embeds: Tensor, bias: Tensor | None, layers: list[_LayerWeights], num_heads: int
+        self, embeds: Tensor, valid: Tensor | None, layers: list[_LayerWeights], num_heads: int
     ) -> None:
-        self.embeds = embeds  # (B, S, W)
-        self.bias = bias  # (B, 1, S), added to the scores
+        padding = -embeds.shape[1] % _TILE
+        self.keys = F.pad(embeds, (0, 0, 0, padding))  # (B, S', W)
+        self.values = self.keys.transpose(1, 2).contiguous()  # (B, W, S')
+        bias = embeds.new_zeros(self.keys.shape[:2])
+        bias[:, embeds.shape[1] :] = -torch.inf
+        if valid is not None:
+            bias[:, : embeds.shape[1]].masked_fill_(~valid, -torch.inf)
+        self.bias = bias  # (B, S'), added to the scores
+        self.no_bias = embeds.new_zeros(self.values.shape[:2])
         self.heads = [_head_weights(layer.key_value, num_heads) for layer in layers]
 
     def attend(self, layer: int, weights: _LayerWeights, q: Tensor) -> Tensor:
@@ -65,17 +79,15 @@ class _Absorbed:
         key, value = self.heads[layer]
         q = (q * head_dim**-0.5).transpose(0, 1).reshape(heads, batch * rows, head_dim)
         q = few_rows_linears(q, *key).view(heads, batch, rows, -1).transpose(0, 1).flatten(1, 2)
-        scores = torch.bmm(q, self.embeds.transpose(1, 2))  # (B, H n, S)
-        if self.bias is not None:
-            scores = scores + self.bias
-        seen = torch.bmm(scores.softmax(-1), self.embeds)  # (B, H n, W)
+        scores = few_rows_linears(q, self.keys, self.bias)  # (B, H n, S')
+        seen = few_rows_linears(scores.softmax(-1), self.values, self.no_bias)  # (B, H n, W)
         seen = seen.view(batch, heads, rows, -1).transpose(0, 1).flatten(1, 2)
         out = few_rows_linears(seen, *value)
         return out.view(heads, batch, rows, head_dim).permute(1, 2, 0, 3).flatten(2)
 
     def keep(self, images: Tensor) -> None:
-        self.embeds = self.embeds.index_select(0, images)
-        self.bias = None if self.bias is None else self.bias.index_select(0, images)
+        for name in ("keys", "values", "bias", "no_bias"):
+            setattr(self, name, getattr(self, name).index_select(0, images))
 
 
 def _head_weights(key_value: _Pair, num_heads: int) -> tuple[_Pair, _Pair]:
@@ -233,16 +245,19 @@ class IncrementalDecoder:
 
     def _image_attention(self, states: CrossStates, cross: Cross) -> _ImageAttention:
         embeds = states.embeds[0].to(self.dtype)
-        bias = None
+        valid = None
         if states.lengths is not None:
-            padded = torch.arange(embeds.shape[1], device=embeds.device) >= states.lengths[:, None]
-            bias = embeds.new_zeros(padded.shape).masked_fill(padded, -torch.inf)[:, None]
+            places = torch.arange(embeds.shape[1], device=embeds.device)
+            valid = places < states.lengths[:, None]
         if cross == "auto":
             head_dim = self.config.hidden_size // self.config.num_heads
             cheaper = self.rows * self.max_length <= head_dim
             cross = "absorbed" if states.layers is None and cheaper else "projected"
         if cross == "absorbed":
-            return _Absorbed(embeds, bias, self._layers, self.config.num_heads)
+            return _Absorbed(embeds, valid, self._layers, self.config.num_heads)
+        bias = None
+        if valid is not None:
+            bias = embeds.new_zeros(valid.shape).masked_fill(~valid, -torch.inf)[:, None]
         if states.layers is not None:
             done = [(k.to(self.dtype), v.to(self.dtype)) for ((k, v),) in states.layers]
             return _Projected(done, bias)
