@@ -56,48 +56,56 @@ class _ImageAttention(Protocol):
 class _Absorbed:
     """The projections of K and V moved to the query's side.
 
-    The states are padded to whole tiles and kept in both orders, as the weights of two few-row
-    layers; padding and masked states have a score of minus infinity.
+    The states are the weights of two few-row layers: of scores, and of means. They are padded to
+    whole tiles; padding and masked states have a score of minus infinity. In bf16 they are kept in
+    both orders, so that both products read them as they lie.
     """
 
     def __init__(
         self, embeds: Tensor, valid: Tensor | None, layers: list[_LayerWeights], num_heads: int
     ) -> None:
-        padding = -embeds.shape[1] % _TILE
+        size = embeds.shape[1]
+        padding = -size % _TILE if embeds.dtype == torch.bfloat16 else 0
         self.keys = F.pad(embeds, (0, 0, 0, padding))  # (B, S', W)
-        self.values = self.keys.transpose(1, 2).contiguous()  # (B, W, S')
-        bias = embeds.new_zeros(self.keys.shape[:2])
-        bias[:, embeds.shape[1] :] = -torch.inf
-        if valid is not None:
-            bias[:, : embeds.shape[1]].masked_fill_(~valid, -torch.inf)
-        self.bias = bias  # (B, S'), added to the scores
-        self.no_bias = embeds.new_zeros(self.values.shape[:2])
+        self.values = self.keys.transpose(1, 2)  # (B, W, S')
+        if embeds.dtype == torch.bfloat16:
+            self.values = self.values.contiguous()
+        self.bias: Tensor | None = None  # (B, S'), added to the scores
+        if padding or valid is not None:
+            self.bias = embeds.new_zeros(self.keys.shape[:2])
+            self.bias[:, size:] = -torch.inf
+        if self.bias is not None and valid is not None:
+            self.bias[:, :size].masked_fill_(~valid, -torch.inf)
         self.heads = [_head_weights(layer.key_value, num_heads) for layer in layers]
 
     def attend(self, layer: int, weights: _LayerWeights, q: Tensor) -> Tensor:
         batch, heads, rows, head_dim = q.shape
-        key, value = self.heads[layer]
+        key, value, value_bias = self.heads[layer]
         q = (q * head_dim**-0.5).transpose(0, 1).reshape(heads, batch * rows, head_dim)
-        q = few_rows_linears(q, *key).view(heads, batch, rows, -1).transpose(0, 1).flatten(1, 2)
+        q = few_rows_linears(q, key).view(heads, batch, rows, -1).transpose(0, 1).flatten(1, 2)
         scores = few_rows_linears(q, self.keys, self.bias)  # (B, H n, S')
-        seen = few_rows_linears(scores.softmax(-1), self.values, self.no_bias)  # (B, H n, W)
+        seen = few_rows_linears(scores.softmax(-1), self.values)  # (B, H n, W)
         seen = seen.view(batch, heads, rows, -1).transpose(0, 1).flatten(1, 2)
-        out = few_rows_linears(seen, *value)
+        out = few_rows_linears(seen, value, value_bias)
         return out.view(heads, batch, rows, head_dim).permute(1, 2, 0, 3).flatten(2)
 
     def keep(self, images: Tensor) -> None:
-        for name in ("keys", "values", "bias", "no_bias"):
-            setattr(self, name, getattr(self, name).index_select(0, images))
+        self.keys = self.keys.index_select(0, images)
+        self.values = self.values.index_select(0, images)
+        self.bias = None if self.bias is None else self.bias.index_select(0, images)
 
 
-def _head_weights(key_value: _Pair, num_heads: int) -> tuple[_Pair, _Pair]:
+def _head_weights(key_value: _Pair, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Each head's part: from a query to what is compared with the states, `(H, W, head_dim)`, whose
-    bias is a constant under the softmax; and from the mean state to the output, `(H, head_dim, W)`.
+    bias is a constant under the softmax; and from the mean state to the output, `(H, head_dim, W)`,
+    with its bias.
     """
     weight, bias = key_value
     key, value = weight.view(2, num_heads, -1, weight.shape[1])
-    key = key.transpose(1, 2).contiguous()
-    return (key, key.new_zeros(key.shape[:2])), (value, bias.view(2, num_heads, -1)[1])
+    key = key.transpose(1, 2)
+    if weight.dtype == torch.bfloat16:
+        key = key.contiguous()
+    return key, value, bias.view(2, num_heads, -1)[1]
 
 
 class _Projected:

@@ -95,13 +95,16 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = Fal
     return (F.gelu(out) if gelu else out).view(*x.shape[:-1], -1)
 
 
-def few_rows_linears(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def few_rows_linears(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Several linear layers side by side, as of attention heads, without gradients.
 
     x: `(H, R, in)`, weight: `(H, out, in)`, bias: `(H, out)`. Returns `(H, R, out)`.
     """
     if x.is_cpu and x.shape[1] <= _FEW_ROWS and weight.is_contiguous() and _amx_takes(x):
+        bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
         return torch.ops.blipfast_native.few_rows_linear(x.contiguous(), weight, bias, False)
+    if bias is None:
+        return torch.bmm(x, weight.transpose(1, 2))
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
 
