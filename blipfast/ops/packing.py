@@ -210,9 +210,13 @@ class _ScatterRows(torch.autograd.Function):
 
 def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
     """`rows[index]` for an `index` without repeats, with a backward that copies."""
+    if torch.compiler.is_compiling():  # torch 2.11 would lose the gradient of such a function
+        return rows.index_select(0, index)
     return _GatherRows.apply(rows, index)
 
 
 def scatter_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
     """Zeros `(num_rows, ...)` with `rows` at `index` (no repeats): the inverse of `gather_rows`."""
+    if torch.compiler.is_compiling():
+        return rows.new_zeros((num_rows, *rows.shape[1:])).index_copy(0, index, rows)
     return _ScatterRows.apply(rows, index, num_rows)

@@ -10,6 +10,10 @@
 #include "isa.h"
 #include "softmax_mean.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name before torch 2.13
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace blipfast {
 
 namespace {
