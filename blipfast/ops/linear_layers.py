@@ -139,7 +139,8 @@ class TiedTable:
 
     def __init__(self, weight: Tensor) -> None:
         self._rows: list[tuple[Tensor, Tensor]] = []
-        self.weight: Tensor = _Table.apply(weight, self._rows)
+        self._plain = weight.device.type != "cpu" or torch.compiler.is_compiling()
+        self.weight: Tensor = weight if self._plain else _Table.apply(weight, self._rows)
 
     def look_up(self, input_ids: Tensor) -> Tensor:
         """`F.embedding`: `(...)` int64 to `(..., D)`."""
