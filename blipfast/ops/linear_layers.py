@@ -144,9 +144,7 @@ class TiedTable:
 
     def look_up(self, input_ids: Tensor) -> Tensor:
         """`F.embedding`: `(...)` int64 to `(..., D)`."""
-        if (
-            self.weight.device.type != "cpu"
-        ):  # where its backward sorts, so that sums are repeatable
+        if self._plain:  # on a GPU its backward sorts, so that sums are repeatable
             return F.embedding(input_ids, self.weight)
         return _LookUp.apply(self.weight, input_ids, self._rows)
 

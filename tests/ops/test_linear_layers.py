@@ -119,3 +119,16 @@ def test_tied_table_with_a_kept_graph() -> None:
     out = linear(table.look_up(torch.tensor([2, 2, 3])), table.weight).sin().sum()
     once, twice = (torch.autograd.grad(out, leaf, retain_graph=True)[0] for _ in range(2))
     torch.testing.assert_close(once, twice, atol=0, rtol=0)
+
+
+def test_tied_table_compiled_has_all_gradients() -> None:
+    leaf = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([2, 2, 3])
+
+    def loss(weight: Tensor) -> Tensor:
+        table = TiedTable(weight)
+        return linear(table.look_up(ids), table.weight).sin().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    ours, plain = (torch.autograd.grad(f(leaf), leaf)[0] for f in (compiled, loss))
+    torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-12)
