@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "amx.h"
+#include "bf16.h"
 #include "isa.h"
 #include "vec_exp.h"
 
@@ -75,13 +76,6 @@ BLIPFAST_INLINE float gelu(float x) {
   return 0.5f * x * (z < 0.0f ? tail : 2.0f - tail);
 }
 
-BLIPFAST_INLINE uint16_t rounded(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  const uint32_t up = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>(x != x ? 0x7fc0u : up);
-}
-
 // Sums (16 outputs x 16 rows) of a tile become outputs [first, first + count) of a group's rows.
 BLIPFAST_AMX void finish(const float* sums, const Layer& layer, int64_t group, int64_t first,
                          int64_t count) {
@@ -89,10 +83,7 @@ BLIPFAST_AMX void finish(const float* sums, const Layer& layer, int64_t group, i
   for (int64_t i = 0; i < kTile; ++i) lines[i] = _mm512_load_si512(sums + i * kTile);
   transpose_16x16(lines);
   float bias[kTile] = {};
-  for (int64_t j = 0; j < count; ++j) {
-    const uint32_t bits = static_cast<uint32_t>(layer.bias[first + j]) << 16;
-    std::memcpy(bias + j, &bits, sizeof(bits));
-  }
+  for (int64_t j = 0; j < count; ++j) bias[j] = bf16_to_float(layer.bias[first + j]);
   const int64_t rows = std::min(kTile, layer.num_rows - group * kTile);
   for (int64_t r = 0; r < rows; ++r) {
     alignas(64) float values[kTile];
@@ -105,7 +96,7 @@ BLIPFAST_AMX void finish(const float* sums, const Layer& layer, int64_t group, i
       for (int64_t j = 0; j < kTile; ++j) values[j] = gelu(values[j]);
     }
 #pragma omp simd
-    for (int64_t j = 0; j < kTile; ++j) results[j] = rounded(values[j]);
+    for (int64_t j = 0; j < kTile; ++j) results[j] = float_to_bf16(values[j]);
     std::memcpy(layer.out + (group * kTile + r) * layer.size + first, results, count * 2);
   }
 }
@@ -125,17 +116,12 @@ BLIPFAST_AMX void run_tiles(const Layer& layer, int64_t begin, int64_t end) {
       std::copy_n(weight, count * layer.inner, last.data());
       weight = last.data();
     }
-    // Sixteen rows at once are more streams than the processor follows by itself.
-    const int64_t ahead = std::clamp<int64_t>(layer.size - first - kTile, 0, kTile);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < layer.inner; k += 32) {
       const uint32_t* rows = layer.rows + (k / 2) * stride;
-      for (int64_t i = 0; i < ahead; ++i) {
-        _mm_prefetch(weight + (kTile + i) * layer.inner + k, _MM_HINT_T1);
-      }
       _tile_loadd(4, weight + k, layer.inner * 2);
       _tile_loadd(5, rows, stride * 4);
       _tile_dpbf16ps(0, 4, 5);

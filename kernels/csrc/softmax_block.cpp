@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "bf16.h"
 #include "isa.h"
 #include "softmax_mean.h"
 #include "vec_exp.h"

@@ -2,8 +2,6 @@
 // alone, so that results do not change with the number of threads.
 #include "softmax_mean.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -12,10 +10,7 @@
 #include <vector>
 
 #include "isa.h"
-
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name before torch 2.13
-#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
-#endif
+#include "stable_ops.h"
 
 namespace blipfast {
 

@@ -1,18 +1,14 @@
 // Streaming softmax in fp32: torch's own matrix product on each block, everything else fused.
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
+#include "bf16.h"
 #include "isa.h"
 #include "softmax_mean.h"
-
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name before torch 2.13
-#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
-#endif
+#include "stable_ops.h"
 
 namespace blipfast {
 
@@ -40,10 +36,7 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
 
 BLIPFAST_MULTI_ISA
 void widen(const uint16_t* source, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(source[i]) << 16;
-    std::memcpy(out + i, &bits, sizeof(bits));
-  }
+  for (int64_t i = 0; i < count; ++i) out[i] = bf16_to_float(source[i]);
 }
 
 BLIPFAST_MULTI_ISA

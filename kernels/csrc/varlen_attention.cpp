@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "bf16.h"
 #include "isa.h"
 #include "vec_exp.h"
 
@@ -52,20 +53,9 @@ struct Scratch {
 };
 
 BLIPFAST_INLINE float load(const float* from) { return *from; }
-BLIPFAST_INLINE float load(const uint16_t* from) {
-  const uint32_t bits = static_cast<uint32_t>(*from) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
+BLIPFAST_INLINE float load(const uint16_t* from) { return bf16_to_float(*from); }
 BLIPFAST_INLINE void store(float value, float* to) { *to = value; }
-BLIPFAST_INLINE void store(float value, uint16_t* to) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  const bool nan = value != value;
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  *to = static_cast<uint16_t>(nan ? 0x7fc0u : rounded);
-}
+BLIPFAST_INLINE void store(float value, uint16_t* to) { *to = float_to_bf16(value); }
 
 // q scaled, keys transposed so that they fill vectors, v as it is; all fp32.
 template <typename T>

@@ -61,11 +61,4 @@ BLIPFAST_INLINE float log_positive(float x) {
   return x != x ? x : log;
 }
 
-// The bits of x rounded to bfloat16 (to nearest, ties to even), for finite x >= 0 or NaN kept quiet.
-BLIPFAST_INLINE uint32_t bf16_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-}
-
 }  // namespace blipfast
