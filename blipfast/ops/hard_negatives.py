@@ -21,6 +21,9 @@ Shapes: `B` queries, `M` keys, `D` width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -127,65 +130,30 @@ def hard_negative_weights(
         dtype = torch.promote_types(query.dtype, torch.float32)
         weights = torch.softmax(query.to(dtype) @ keys.to(dtype).T / temperature, dim=1) + eps
         columns = torch.arange(len(keys), device=query.device)
-        excluded = _excluded(columns, 0, len(query), query_ids, key_ids, offset)
+        excluded = _excluded(columns, len(query), query_ids, key_ids, offset)
         return weights.masked_fill_(excluded, 0.0)
 
 
-def _triton_backend(
-    query: Tensor,
-    keys: Tensor,
-    temperature: Tensor,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    *options: float,
-) -> Tensor:
+def _triton_backend(*arguments: Any) -> Tensor:
     from blipfast.kernels.hard_negatives import sample_op
 
-    drawn: Tensor = sample_op(query, keys, temperature, query_ids, key_ids, *options)
+    drawn: Tensor = sample_op(*arguments)
     return drawn
+
+
+def _by_blocks(engine: str) -> Callable[..., Tensor]:
+    """The backend whose scores are PyTorch's, by blocks of rows, and drawn from by `engine`."""
+
+    def run(*arguments: Any) -> Tensor:
+        drawn: Tensor = torch.ops.blipfast.sample_hard_negatives(*arguments, engine)
+        return drawn
+
+    return run
 
 
 backends.register("triton", _triton.why_not)(_triton_backend)
-
-
-@backends.register("native", _native.why_not)
-def _native_backend(
-    query: Tensor,
-    keys: Tensor,
-    temperature: Tensor,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    *options: float,
-) -> Tensor:
-    """PyTorch's product by blocks of rows; a row's draw in one pass of C++ over its scores."""
-    run = torch.ops.blipfast_native.draw_negatives
-    eps, offset, seed, step, stream, first_row, first_column, num = options
-    block = max(1, _SCORES // max(1, len(keys)))
-    if query_ids is not None and key_ids is not None:
-        query_ids, key_ids = query_ids.long().contiguous(), key_ids.long().contiguous()
-    with torch.autocast("cpu", enabled=False):
-        keys_t, parts = keys.float().T, []
-        for start in range(0, max(1, len(query)), block):
-            scores = query[start : start + block].float() @ keys_t / temperature.float()
-            ids = None if query_ids is None else query_ids[start : start + block]
-            counters = (seed, step, stream, first_row + start, first_column, num)
-            parts.append(run(scores, ids, key_ids, eps, offset + start, *counters))
-    return torch.cat(parts)
-
-
-@backends.register("torch")
-def _torch_backend(
-    query: Tensor,
-    keys: Tensor,
-    temperature: Tensor,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    *options: float,
-) -> Tensor:
-    drawn: Tensor = torch.ops.blipfast.sample_hard_negatives(
-        query, keys, temperature, query_ids, key_ids, *options
-    )
-    return drawn
+backends.register("native", _native.why_not)(_by_blocks("native"))
+backends.register("torch")(_by_blocks("torch"))
 
 
 @backends.register("reference")
@@ -222,7 +190,7 @@ backends.register("triton_interpreter", _triton.why_not_interpreter)(_triton_bac
     mutates_args=(),
     schema="(Tensor query, Tensor keys, Tensor temperature, Tensor? query_ids, Tensor? key_ids,"
     " float eps, int offset, int seed, int step, int stream, int first_row, int first_column,"
-    " int num) -> Tensor",
+    " int num, str engine='torch') -> Tensor",
 )
 def _sample(
     query: Tensor,
@@ -238,32 +206,58 @@ def _sample(
     first_row: int,
     first_column: int,
     num: int,
+    engine: str = "torch",
 ) -> Tensor:
-    """As the reference, but in log space and by blocks of rows, which bounds the memory."""
-    device, dtype = query.device, torch.promote_types(query.dtype, torch.float32)
-    columns = torch.arange(len(keys), device=device)
+    """As the reference, but in log space and by blocks of rows, which bounds the memory.
+
+    engine: what draws from a block's scores, "torch" or "native" (one pass of C++ over them).
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    draw = torch.ops.blipfast_native.draw_negatives if engine == "native" else _draw
+    if query_ids is not None and key_ids is not None:
+        query_ids, key_ids = query_ids.long().contiguous(), key_ids.long().contiguous()
     block = max(1, _SCORES // max(1, len(keys)))
-    drawn = torch.empty((len(query), num), dtype=torch.int64, device=device)
-    with torch.autocast(device.type, enabled=False):
+    drawn = torch.empty((len(query), num), dtype=torch.int64, device=query.device)
+    with torch.autocast(query.device.type, enabled=False):
         keys_t = keys.to(dtype).T
         for start in range(0, len(query), block):
-            stop = min(start + block, len(query))
-            scores = query[start:stop].to(dtype) @ keys_t / temperature.to(dtype)
-            scores -= scores.logsumexp(1, keepdim=True)
-            if eps > 0:
-                scores.exp_().add_(eps).log_()
-            excluded = _excluded(columns, start, stop, query_ids, key_ids, offset)
-            scores.masked_fill_(excluded, float("-inf"))
-            rows = torch.arange(start, stop, device=device) + first_row
-            u = uniform(rows, columns + first_column, seed=seed, step=step, stream=stream)
-            scores -= u.log_().neg_().log_()
-            drawn[start:stop] = _best(scores, num)
+            rows = slice(start, min(start + block, len(query)))
+            scores = query[rows].to(dtype) @ keys_t / temperature.to(dtype)
+            ids = None if query_ids is None else query_ids[rows]
+            counters = (seed, step, stream, first_row + start, first_column, num)
+            drawn[rows] = draw(scores, ids, key_ids, eps, offset + start, *counters)
     return drawn
 
 
 @_sample.register_fake
 def _(query, keys, temperature, query_ids, key_ids, *options):  # type: ignore[no-untyped-def]
-    return query.new_empty((query.shape[0], options[-1]), dtype=torch.int64)
+    return query.new_empty((query.shape[0], options[7]), dtype=torch.int64)
+
+
+def _draw(
+    scores: Tensor,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    eps: float,
+    offset: int,
+    seed: int,
+    step: int,
+    stream: int,
+    first_row: int,
+    first_column: int,
+    num: int,
+) -> Tensor:
+    """Draws `(R, num)` from a block's scores `(R, M)`, which are written over."""
+    count, columns = len(scores), torch.arange(scores.shape[1], device=scores.device)
+    scores -= scores.logsumexp(1, keepdim=True)
+    if eps > 0:
+        scores.exp_().add_(eps).log_()
+    excluded = _excluded(columns, count, query_ids, key_ids, offset)
+    scores.masked_fill_(excluded, float("-inf"))
+    rows = torch.arange(count, device=scores.device) + first_row
+    u = uniform(rows, columns + first_column, seed=seed, step=step, stream=stream)
+    scores -= u.log_().neg_().log_()
+    return _best(scores, num)
 
 
 def uniform(rows: Tensor, columns: Tensor, *, seed: int, step: int, stream: int) -> Tensor:
@@ -313,17 +307,12 @@ def _best(scores: Tensor, num: int) -> Tensor:
 
 
 def _excluded(
-    columns: Tensor,
-    start: int,
-    stop: int,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    offset: int,
+    columns: Tensor, count: int, query_ids: Tensor | None, key_ids: Tensor | None, offset: int
 ) -> Tensor:
-    """Which pairs `(R, M)` of the rows `start` to `stop` may not be drawn."""
+    """Which pairs `(count, M)` may not be drawn."""
     if query_ids is not None and key_ids is not None:
-        return query_ids[start:stop, None] == key_ids[None, :]
-    own = torch.arange(start + offset, stop + offset, device=columns.device)
+        return query_ids[:, None] == key_ids[None, :]
+    own = torch.arange(offset, count + offset, device=columns.device)
     return own[:, None] == columns[None, :]
 
 
