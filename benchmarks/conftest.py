@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from blipfast.environment import keep_freed_memory
 
-KEEPS_MEMORY = keep_freed_memory()
+keep_freed_memory()

@@ -51,7 +51,7 @@ def write_page(results: dict[str, Any], stem: Path) -> Path:
 
 
 def best_of_ours(group: str, rows: list[Row]) -> Row:
-    """Our row of a group; of several backends of ours the fastest; where none ran, code's."""
+    """Our row of a group; of several backends of ours the fastest; where none ran, of any code."""
     members = [row for row in rows if row.group == group]
     own = [row for row in members if is_ours(row)]
     return min(own or members, key=lambda row: row.median)

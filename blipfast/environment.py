@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -199,7 +200,11 @@ def keep_freed_memory() -> bool:
     training step on a CPU that is about a tenth, and it varies from run to run. For programs, not
     for libraries: the CLI, the demo and the benchmarks call it. False where there is no glibc.
     """
-    if platform.libc_ver()[0] != "glibc":
+    try:
+        glibc = (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
+    except (AttributeError, ValueError, OSError):  # no such question on this system
+        glibc = False
+    if not glibc:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from blipfast.environment import keep_freed_memory
 from blipfast.errors import BlipfastError, ConfigError
 
 # Name -> what it is for. The module has the name of the subcommand.
@@ -41,7 +40,9 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand and returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if argv is None:  # a program of its own, not a call from another
+    if argv is None and arguments[:1] and arguments[0] in COMMANDS:  # a program of its own
+        from blipfast.environment import keep_freed_memory
+
         keep_freed_memory()
     try:
         status = _run(arguments)

@@ -176,20 +176,15 @@ class BlipTokenizer:
         file = Path(path)
         if file.is_dir():
             file = file / "vocab.txt"
-        temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
-        try:
-            temporary.write_text("\n".join(self._pieces) + "\n", encoding="utf-8", newline="\n")
-            os.replace(temporary, file)
-        except OSError as error:
-            raise DataError(f"cannot write the vocabulary {file}: {error.strerror}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-        return file
+        return _write_whole(file, "\n".join(self._pieces) + "\n", "the vocabulary")
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
         """Write what transformers' `AutoTokenizer` and `BlipProcessor` read; returns the folder."""
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot make the folder {folder}: {error.strerror}") from error
         self.save(folder)
         settings = {
             "tokenizer_class": "BertTokenizer",
@@ -197,7 +192,7 @@ class BlipTokenizer:
             "model_input_names": ["input_ids", "attention_mask"],
         }
         text = json.dumps(settings, indent=2) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        _write_whole(folder / "tokenizer_config.json", text, "the tokenizer's settings")
         return folder
 
     @classmethod
@@ -353,3 +348,16 @@ def _clean(text: str | bytes, kind: TextKind, index: int) -> str:
     if kind == "raw":
         return text
     raise DataError(f'kind is {kind!r}; use "caption", "question" or "raw"')
+
+
+def _write_whole(file: Path, text: str, what: str) -> Path:
+    """Writes under a temporary name, then renames; raises DataError, naming `what`."""
+    temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, file)
+    except OSError as error:
+        raise DataError(f"cannot write {what} {file}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return file

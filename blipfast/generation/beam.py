@@ -6,6 +6,7 @@ how its length is measured and when an image is done; `_PaperRule` and `_Current
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +28,7 @@ class Candidate:
 
 
 @dataclass
-class _Search:
+class _Search(ABC):
     """One image: running beams and finished sequences, as (score, tokens), best first."""
 
     options: GenerationOptions
@@ -44,9 +45,9 @@ class _Search:
     def length(self) -> int:
         return len(self.beams[0])
 
+    @abstractmethod
     def advance(self, candidates: list[Candidate]) -> None:
         """Takes the `2 * num_beams` best continuations, best first."""
-        raise NotImplementedError
 
     def close(self) -> list[tuple[float, list[int]]]:
         """The finished sequences, best first, once no more tokens fit."""

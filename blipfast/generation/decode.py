@@ -26,8 +26,6 @@ from blipfast.ops.linear_layers import few_rows_linear, few_rows_linears
 
 Cross = Literal["auto", "absorbed", "projected"]
 _Pair = tuple[Tensor, Tensor]  # weight and bias
-
-
 _TILE = 32  # states, so that they fill whole tiles on either side of a product
 
 
@@ -48,7 +46,7 @@ class _LayerWeights:
 class _ImageAttention(Protocol):
     """Cross-attention of `q (B, H, n, head_dim)` in one layer, to `(B, n, D)`."""
 
-    def attend(self, layer: int, weights: _LayerWeights, q: Tensor) -> Tensor: ...
+    def attend(self, layer: int, q: Tensor) -> Tensor: ...
 
     def keep(self, images: Tensor) -> None: ...
 
@@ -57,18 +55,19 @@ class _Absorbed:
     """The projections of K and V moved to the query's side.
 
     The states are the weights of two few-row layers: of scores, and of means. They are padded to
-    whole tiles; padding and masked states have a score of minus infinity. In bf16 they are kept in
-    both orders, so that both products read them as they lie.
+    whole tiles; padding and masked states have a score of minus infinity. Where `_reads_in_place`
+    they are kept in both orders, so that both products read them as they lie.
     """
 
     def __init__(
         self, embeds: Tensor, valid: Tensor | None, layers: list[_LayerWeights], num_heads: int
     ) -> None:
         size = embeds.shape[1]
-        padding = -size % _TILE if embeds.dtype == torch.bfloat16 else 0
+        in_place = _reads_in_place(embeds)
+        padding = -size % _TILE if in_place else 0
         self.keys = F.pad(embeds, (0, 0, 0, padding))  # (B, S', W)
         self.values = self.keys.transpose(1, 2)  # (B, W, S')
-        if embeds.dtype == torch.bfloat16:
+        if in_place:
             self.values = self.values.contiguous()
         self.bias: Tensor | None = None  # (B, S'), added to the scores
         if padding or valid is not None:
@@ -78,7 +77,7 @@ class _Absorbed:
             self.bias[:, :size].masked_fill_(~valid, -torch.inf)
         self.heads = [_head_weights(layer.key_value, num_heads) for layer in layers]
 
-    def attend(self, layer: int, weights: _LayerWeights, q: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor) -> Tensor:
         batch, heads, rows, head_dim = q.shape
         key, value, value_bias = self.heads[layer]
         q = (q * head_dim**-0.5).transpose(0, 1).reshape(heads, batch * rows, head_dim)
@@ -95,6 +94,11 @@ class _Absorbed:
         self.bias = None if self.bias is None else self.bias.index_select(0, images)
 
 
+def _reads_in_place(weight: Tensor) -> bool:
+    """Whether a few-row layer reads its weight as it lies, so that its order is worth a copy."""
+    return weight.is_cpu and weight.dtype == torch.bfloat16
+
+
 def _head_weights(key_value: _Pair, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Each head's part: from a query to what is compared with the states, `(H, W, head_dim)`, whose
     bias is a constant under the softmax; and from the mean state to the output, `(H, head_dim, W)`,
@@ -103,7 +107,7 @@ def _head_weights(key_value: _Pair, num_heads: int) -> tuple[Tensor, Tensor, Ten
     weight, bias = key_value
     key, value = weight.view(2, num_heads, -1, weight.shape[1])
     key = key.transpose(1, 2)
-    if weight.dtype == torch.bfloat16:
+    if _reads_in_place(weight):
         key = key.contiguous()
     return key, value, bias.view(2, num_heads, -1)[1]
 
@@ -115,7 +119,7 @@ class _Projected:
         self.key_values = key_values  # (B, H, S, head_dim) each
         self.bias = None if bias is None else bias[:, None]
 
-    def attend(self, layer: int, weights: _LayerWeights, q: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor) -> Tensor:
         out = F.scaled_dot_product_attention(q, *self.key_values[layer], attn_mask=self.bias)
         return out.transpose(1, 2).flatten(2)
 
@@ -237,7 +241,7 @@ class IncrementalDecoder:
             out = few_rows_linear(out.transpose(1, 2).flatten(2), *layer.self_out)
             x = torch.layer_norm(x + out, (width,), *layer.self_norm, eps)
             q = few_rows_linear(x, *layer.query).view(*token_ids.shape, heads, width // heads)
-            out = few_rows_linear(self._cross.attend(i, layer, q.transpose(1, 2)), *layer.cross_out)
+            out = few_rows_linear(self._cross.attend(i, q.transpose(1, 2)), *layer.cross_out)
             x = torch.layer_norm(x + out, (width,), *layer.cross_norm, eps)
             out = few_rows_linear(few_rows_linear(x, *layer.up, gelu=True), *layer.down)
             x = torch.layer_norm(x + out, (width,), *layer.norm, eps)

@@ -23,10 +23,12 @@ from blipfast.ops.packing import Packing
 class WordRows:
     """The word embeddings of a batch, looked up once for all passes over its texts.
 
-    rows: `(T + special, D)`, the texts' tokens and then the special ones. places: the row of each.
+    token_ids: `(T + special,)`, the texts' tokens and then the special ones. rows: theirs,
+    `(T + special, D)`. places: the row of each special one.
     table: what they were looked up in, which may weigh the output too.
     """
 
+    token_ids: Tensor
     rows: Tensor
     places: dict[int, int]
     table: TiedTable
@@ -61,11 +63,13 @@ class PackedText:
         """The same texts with their words looked up, and the tokens they may start with."""
         extra = torch.tensor(special, device=self.input_ids.device)
         table = TiedTable(word.weight)
-        rows = table.look_up(torch.cat([self.input_ids, extra]))
+        token_ids = torch.cat([self.input_ids, extra])
         total = self.packing.total
         places = {token_id: total + i for i, token_id in enumerate(special)}
         numbers = torch.arange(total, device=self.input_ids.device)
-        return PackedText(numbers, self.packing, WordRows(rows, places, table))
+        return PackedText(
+            numbers, self.packing, WordRows(token_ids, table.look_up(token_ids), places, table)
+        )
 
     def starting_with(self, token_id: int) -> PackedText:
         """The same texts with their first token replaced: [CLS], [ENC] or [DEC] choose the mode."""
@@ -89,7 +93,8 @@ class PackedText:
         keep[last] = False
         shorter = Packing.from_lengths([n - 1 for n in packing.lengths], packing.device)
         shortened = PackedText(self.input_ids[keep], shorter, self.words)
-        return shortened, self.input_ids[1:][keep[:-1]]
+        labels = self.input_ids[1:][keep[:-1]]
+        return shortened, self.words.token_ids[labels] if self.words else labels
 
     def __add__(self, other: PackedText) -> PackedText:
         """Both, one after the other; words looked up must be the same."""

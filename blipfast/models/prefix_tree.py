@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from blipfast.errors import ShapeError
 from blipfast.models.blip import PackedText
@@ -22,12 +21,11 @@ class PrefixTree:
     over `U` nodes in place of `T` tokens; of 128 candidate answers to a question, of [DEC] and one
     or two words each, about half.
 
-    text: the nodes' tokens, packed by set. positions: `(U,)`. sets: whose nodes each pack is.
+    text: the nodes' tokens, packed by set. sets: whose nodes each pack is.
     prefixes: how nodes and texts belong together, for self-attention.
     """
 
     text: PackedText
-    positions: Tensor
     sets: tuple[int, ...]
     prefixes: SharedPrefixes
 
@@ -40,17 +38,14 @@ class PrefixTree:
         known: dict[tuple[int, int], int] = {}  # (parent node, or -1 - set; token) to node
         nodes: list[int] = []
         first: list[int] = []
-        positions: list[int] = []
         sizes: dict[int, int] = {}
         start = 0
         for place, length in zip(kv_index, text.packing.lengths, strict=True):
             parent = -1 - place
-            for position in range(length):
-                token = start + position
+            for token in range(start, start + length):
                 node = known.setdefault((parent, ids[token]), len(first))
                 if node == len(first):
                     first.append(token)
-                    positions.append(position)
                     sizes[place] = sizes.get(place, 0) + 1
                 nodes.append(node)
                 parent = node
@@ -59,7 +54,6 @@ class PrefixTree:
         packing = Packing.from_lengths(list(sizes.values()), device)
         return cls(
             PackedText(text.input_ids[first_tensor], packing, text.words),
-            torch.tensor(positions, dtype=torch.int64, device=device),
             tuple(sizes),
             SharedPrefixes(
                 text.packing,

@@ -247,22 +247,23 @@ class TextTransformer(nn.Module):
         packing: Packing,
         *,
         words: Tensor | None = None,
-        positions: Tensor | None = None,
+        prefixes: SharedPrefixes | None = None,
         **options: object,
     ) -> TextStream:
         """A `TextStream` of packed `input_ids (T,)`; raises ShapeError if a text is too long.
 
         words: `(U, D)` word embeddings looked up before, which `input_ids` then number.
-        positions: `(T,)`, where they are not simply counted from each text's start.
+        prefixes: of texts whose common prefixes exist once; `input_ids` are then their nodes'.
         """
-        if positions is None and packing.max_seqlen > self.config.max_positions:
+        texts = packing if prefixes is None else prefixes.texts
+        if texts.max_seqlen > self.config.max_positions:
             raise ShapeError(
-                f"a text has {packing.max_seqlen} tokens, but the model "
+                f"a text has {texts.max_seqlen} tokens, but the model "
                 f"{self.config.max_positions} positions: truncate it when tokenising"
             )
-        positions = packing.positions if positions is None else positions
+        positions = packing.positions if prefixes is None else prefixes.positions
         hidden = self.embeddings(input_ids, positions, words)
-        return TextStream(self.layers, hidden, packing, **options)  # type: ignore[arg-type]
+        return TextStream(self.layers, hidden, packing, prefixes=prefixes, **options)  # type: ignore[arg-type]
 
     def cross_states(
         self, *embeds: Tensor, lengths: Tensor | None = None, project: bool = False

@@ -83,10 +83,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         proj = self.proj
-        low = proj.weight.dtype != torch.float32 or torch.is_autocast_enabled(
-            pixel_values.device.type
-        )
-        if not low:
+        autocast = torch.is_autocast_enabled(pixel_values.device.type)
+        if proj.weight.dtype == torch.float32 and not autocast:
             return proj(pixel_values).flatten(2).transpose(1, 2)
         # The patches do not overlap: one matrix product, whose backward is several times as fast in
         # bf16. In float32 it is not, and the convolution's rounding is the original's.

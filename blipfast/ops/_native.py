@@ -68,9 +68,12 @@ def why_not(tensor: Tensor | None = None) -> str | None:
 
 def amx() -> bool:
     """Whether the operators are there, and the processor's AMX for bfloat16 may be used."""
-    if _load() is not None or os.environ.get(AMX_ENV_VAR) == "0":
-        return False
-    return bool(torch.ops.blipfast_native.amx_bf16())
+    return os.environ.get(AMX_ENV_VAR) != "0" and _has_amx()
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return _load() is None and bool(torch.ops.blipfast_native.amx_bf16())
 
 
 def status() -> str:

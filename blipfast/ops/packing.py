@@ -179,6 +179,11 @@ class SharedPrefixes:
     nodes: Tensor
     first: Tensor
 
+    @property
+    def positions(self) -> Tensor:
+        """`(U,)` int64: each node's place in its texts."""
+        return self.texts.positions[self.first]
+
 
 class _GatherRows(torch.autograd.Function):
     """Rows at distinct indices, so that the backward is a plain copy, without atomics."""

@@ -134,15 +134,16 @@ class BlipForPretraining(Blip):
         encoded = words or text
         shared = self.decoder.embeddings is self.encoder.embeddings
         decoded = encoded if shared else text
+        inputs, labels = decoded.shifted()
         itm_text, itm_images = itm_pairs(encoded, negatives, range(batch))
         streams = [
             self.grounded_stream(itm_text, itm_images, first_only=True),
-            self.decoder_stream(decoded.shifted()[0], range(batch)),
+            self.decoder_stream(inputs, range(batch)),
         ]
         first, hidden = run_streams(streams, self.image_states(image_embeds))
         loss_lm = lm_loss(
             hidden,
-            text.shifted()[1],
+            labels,
             self.lm_head,
             weight=decoded.words.table.weight if decoded.words else None,
             label_smoothing=self.label_smoothing,

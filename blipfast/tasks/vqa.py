@@ -189,7 +189,6 @@ class BlipForVQA(Blip):
         stream = self.decoder.stream(
             tree.text.input_ids,
             tree.text.packing,
-            positions=tree.positions,
             kv_index=tree.sets,
             causal=True,
             prefixes=tree.prefixes,

@@ -48,13 +48,10 @@ def test_varlen_attention_equals_the_formula(lengths: list[int], causal: bool) -
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("causal", "masked"), [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dense_attention_and_its_gradients(dtype: torch.dtype, causal: bool, masked: bool) -> None:
     """In low precision on a CPU other code runs than SDPA; a row without keys gives 0, not NaN."""
-    if masked and causal:
-        masked = False
     torch.manual_seed(0)
     low = [torch.randn(2, 3, n, 16).to(dtype).requires_grad_() for n in (7, 7, 7)]
     high = [x.detach().double().requires_grad_() for x in low]
@@ -194,7 +191,7 @@ def test_prepared_plans_compile_into_one_graph_for_all_batches() -> None:
         plan = CrossPlan.build(Packing.from_lengths(lengths), [1, 0, 1], 2).prepare()
         qkv = torch.randn(sum(lengths), 3, 2, 8, requires_grad=True)
         k, v = torch.randn(2, 2, 2, 5, 8, requires_grad=True)
-        leaves = [qkv]
+        leaves = [qkv, k, v]
         ours, plain = compiled(qkv, k, v, plan), attend(qkv, k, v, plan)
         torch.testing.assert_close(ours, plain)
         grads = zip(
