@@ -42,7 +42,21 @@ class FitConfig:
     weight_decay: float = described(0.05, "of AdamW, on all weights")
     betas: tuple[float, float] = described((0.9, 0.999), "of AdamW")
     grad_clip: float | None = described(None, "largest norm of the gradient")
-    precision: Literal["fp32", "bf16"] = described("fp32", "bf16 computes under autocast")
+    grad_checkpointing: bool = described(
+        False, "keep no activations inside a layer: less memory, a third more computing"
+    )
+    micro_batch: int | None = described(
+        None, "encode so many images at a time; ITC and ITM still see the whole batch"
+    )
+    layer_decay: float | None = described(
+        None, "fine-tuning: each layer's learning rate is this times that of the layer above"
+    )
+    precision: Literal["fp32", "bf16", "pure_bf16"] = described(
+        "fp32", "bf16 computes under autocast; pure_bf16 keeps fp32 master weights only"
+    )
+    parallel: Literal["ddp", "fsdp"] = described(
+        "ddp", "under torchrun: every rank holds the whole model, or its share (FSDP2)"
+    )
     seed: int = described(0, "of dropout and of the drawn negatives")
     on_nonfinite: Literal["stop", "skip"] = described(
         "stop", "a loss or gradient that is not finite ends the run, or leaves the step out"
@@ -52,19 +66,24 @@ class FitConfig:
     checkpoint_every: int | None = described(
         None, "steps between checkpoints; by default one each epoch, and one at the end"
     )
+    keep_checkpoints: int = described(3, "newest checkpoints kept")
     compile: bool = described(False, "run the model through torch.compile")
+    hang_timeout: float = described(
+        900.0, "seconds without a step after which a rank writes down its stacks and ends"
+    )
 
     def __post_init__(self) -> None:
         at_least = {
             "steps": 1, "epochs": 1, "steps_per_epoch": 1, "warmup_steps": 0, "log_every": 1,
-            "checkpoint_every": 1, "max_skips": 0, "min_learning_rate": 0.0,
+            "checkpoint_every": 1, "keep_checkpoints": 1, "micro_batch": 1, "max_skips": 0,
+            "min_learning_rate": 0.0,
             "warmup_learning_rate": 0.0, "weight_decay": 0.0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ConfigError(f"fit.{name} is {value}; it must be at least {least}")
-        for name in ("learning_rate", "decay", "grad_clip"):
+        for name in ("learning_rate", "decay", "grad_clip", "layer_decay", "hang_timeout"):
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise ConfigError(f"fit.{name} is {value}; it must be a finite number above 0")
@@ -155,6 +174,9 @@ class ObjectiveConfig:
     momentum: float = described(0.995, "of the momentum encoders")
     alpha: float = described(0.4, "weight of the momentum encoders' soft targets")
     alpha_ramp_epochs: int = described(2, "epochs over which alpha rises from 0")
+    across_ranks: bool = described(
+        True, "ITC and ITM take negatives from all ranks' batches, as one large batch would"
+    )
     exclude_equal_ids: bool = described(False, "pre-training: no negatives of the same image id")
     negatives_from_all_ranks: bool = described(True, "retrieval: negatives of all ranks (COCO)")
     label_smoothing: float = described(0.1, "of the language modelling loss")
