@@ -71,6 +71,28 @@ class PackedText:
             numbers, self.packing, WordRows(token_ids, table.look_up(token_ids), places, table)
         )
 
+    def with_words_of(self, other: PackedText) -> tuple[PackedText, PackedText]:
+        """These texts, and `other`'s plain ones, with the words of both looked up."""
+        if self.words is None:
+            return self, other
+        mine = self.words
+        table = mine.table
+        words = WordRows(
+            torch.cat([mine.token_ids, other.input_ids]),
+            torch.cat([mine.rows, table.look_up(other.input_ids)]),
+            mine.places,
+            table,
+        )
+        numbers = torch.arange(other.packing.total, device=other.input_ids.device)
+        joined = PackedText(numbers + len(mine.token_ids), other.packing, words)
+        return replace(self, words=words), joined
+
+    def without_words(self) -> PackedText:
+        """The same texts with the vocabulary's numbers."""
+        if self.words is None:
+            return self
+        return PackedText(self.words.token_ids[self.input_ids], self.packing)
+
     def starting_with(self, token_id: int) -> PackedText:
         """The same texts with their first token replaced: [CLS], [ENC] or [DEC] choose the mode."""
         ids = self.input_ids.clone()

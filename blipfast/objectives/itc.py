@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,8 +45,8 @@ class FeatureQueue(nn.Module):
     def enqueue(self, image_feat: Tensor, text_feat: Tensor, ids: Tensor | None = None) -> None:
         """Write the features of all ranks over the oldest ones, wrapping around at the end.
 
-        image_feat, text_feat: `(B, D)`, `B` the same on all ranks. Of a batch longer than the queue
-        its end stays. ids: `(B,)`, for a queue with ids and only then.
+        image_feat, text_feat: `(M, D)`, all ranks' as `gather_keys` gives them. Of a batch longer
+        than the queue its end stays. ids: `(M,)`, for a queue with ids and only then.
 
         Raises ShapeError.
         """
@@ -61,19 +63,48 @@ class FeatureQueue(nn.Module):
             raise ShapeError(f"FeatureQueue: this queue {needed}")
         if ids is not None and ids.shape != image_feat.shape[:1]:
             raise ShapeError(f"FeatureQueue: {tuple(ids.shape)} ids for {len(image_feat)} pairs")
-        written = all_gather_no_grad(image_feat)
-        kept = slice(max(0, len(written) - len(self)), None)
+        count = len(image_feat)
+        kept = slice(max(0, count - len(self)), None)
         # All places come from the tensor `ptr`, so the host never waits for it.
-        places = torch.arange(len(written), device=self.ptr.device)[kept].add(self.ptr) % len(self)
-        self.image_queue[places] = written[kept].to(self.image_queue.dtype)
-        self.text_queue[places] = all_gather_no_grad(text_feat)[kept].to(self.text_queue.dtype)
+        places = torch.arange(count, device=self.ptr.device)[kept].add(self.ptr) % len(self)
+        self.image_queue[places] = image_feat[kept].to(self.image_queue.dtype)
+        self.text_queue[places] = text_feat[kept].to(self.text_queue.dtype)
         if self.id_queue is not None and ids is not None:
-            self.id_queue[places] = all_gather_no_grad(ids)[kept]
-        self.ptr.add_(len(written)).remainder_(len(self))
+            self.id_queue[places] = ids[kept]
+        self.ptr.add_(count).remainder_(len(self))
 
     def extra_repr(self) -> str:
         size, width = self.image_queue.shape
         return f"{size}, {width}, with_ids={self.id_queue is not None}"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The momentum features of all ranks' batches, `(M, D)` each, without gradients.
+
+    first: row of this rank's own batch, which has `batch` rows. ids: `(M,)` int64 image ids.
+    """
+
+    image: Tensor
+    text: Tensor
+    first: int
+    batch: int
+    ids: Tensor | None = None
+
+    def of_this_rank(self) -> Keys:
+        """Only what this rank's own batch gave."""
+        own = slice(self.first, self.first + self.batch)
+        ids = None if self.ids is None else self.ids[own]
+        return Keys(self.image[own], self.text[own], 0, self.batch, ids)
+
+
+def gather_keys(image_feat_m: Tensor, text_feat_m: Tensor, ids: Tensor | None = None) -> Keys:
+    """All ranks' keys from each rank's momentum features `(B, D)` and, if wanted, ids `(B,)`."""
+    batch = len(image_feat_m)
+    both = all_gather_no_grad(torch.cat([image_feat_m, text_feat_m], dim=1))
+    image, text = (part.contiguous() for part in both.chunk(2, dim=1))
+    all_ids = None if ids is None else all_gather_no_grad(ids)
+    return Keys(image, text, rank_offset(batch), batch, all_ids)
 
 
 def itc_loss(
@@ -86,7 +117,7 @@ def itc_loss(
     alpha: float | Tensor,
     ids: Tensor | None = None,
     *,
-    keys_from_all_ranks: bool = False,
+    keys: Keys | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Mean of the image-to-text and text-to-image losses over the batch.
@@ -104,8 +135,8 @@ def itc_loss(
         alpha: weight of the soft targets (`alpha_at`).
         ids: `(B,)` image ids: all keys with an equal id are positives, each with the same weight
             (retrieval fine-tuning); needs a queue with ids. None: only the pair itself is.
-        keys_from_all_ranks: take the momentum features of all ranks' batches as keys, not only of
-            this rank's. The original does not.
+        keys: the momentum features of all ranks (`gather_keys`), as if they were one batch. By
+            default only this rank's, as in the original.
         impl: backend of `contrastive_softmax`.
 
     Returns:
@@ -117,11 +148,14 @@ def itc_loss(
     if not image_feat.shape == text_feat.shape == image_feat_m.shape == text_feat_m.shape:
         shapes = [tuple(t.shape) for t in (image_feat, text_feat, image_feat_m, text_feat_m)]
         raise ShapeError(f"itc_loss: features must all be (B, D), not {shapes}")
-    gather = all_gather_no_grad if keys_from_all_ranks else Tensor.detach
-    image_keys, text_keys = [gather(image_feat_m)], [gather(text_feat_m)]
-    positives: Positives = rank_offset(len(image_feat)) if keys_from_all_ranks else 0
+    if keys is None:
+        keys = Keys(image_feat_m.detach(), text_feat_m.detach(), 0, len(image_feat), ids)
+    image_keys, text_keys = [keys.image], [keys.text]
+    positives: Positives = keys.first
     if ids is not None:
-        key_ids = [gather(ids)]
+        if keys.ids is None:
+            raise ShapeError("itc_loss: ids need keys with ids: gather_keys(…, ids)")
+        key_ids = [keys.ids]
         if queue is not None:
             if queue.id_queue is None:
                 raise ShapeError("itc_loss: ids need a queue with ids: FeatureQueue(with_ids=True)")
@@ -131,10 +165,10 @@ def itc_loss(
         image_keys.append(queue.image_queue)
         text_keys.append(queue.text_queue)
 
-    def direction(query: Tensor, keys: list[Tensor], teacher_query: Tensor) -> Tensor:
+    def direction(query: Tensor, against: list[Tensor], teacher_query: Tensor) -> Tensor:
         return contrastive_softmax(
             query,
-            keys,
+            against,
             temperature,
             teacher_query=teacher_query,
             alpha=alpha,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipfast.errors import ShapeError
-from blipfast.objectives.distributed import rank_offset
+from blipfast.objectives.distributed import mean_over_ranks, rank_offset
 from blipfast.ops.hard_negatives import sample_hard_negatives
 
 
@@ -91,14 +91,22 @@ def draw_negatives(
     return Negatives(draw(text_feat, image_keys, 0), draw(image_feat, text_keys, 1))
 
 
-def itm_loss(logits: Tensor, negatives: Negatives) -> Tensor:
+def itm_loss(logits: Tensor, negatives: Negatives, part: range | None = None) -> Tensor:
     """Cross-entropy of `logits (3B, 2)`, class 1 being a match; mean over the rows that count.
 
     Rows: `B` pairs, `B` texts with the image drawn for them, `B` images with the text drawn for
     them. Rows for which nothing was drawn do not count: a batch of one learns from its pair alone.
 
-    Returns a float32 scalar. Raises ShapeError when logits and negatives do not fit.
+    part: the `b` pairs that the logits `(3b, 2)` are of; the mean is still over all pairs, so that
+    the parts' losses add up.
+
+    Returns a float32 scalar, this rank's part of the mean over all ranks' rows
+    (`distributed.mean_over_ranks`). Raises ShapeError when logits and negatives do not fit.
     """
+    count = len(negatives.image_index) + negatives.valid.sum()
+    if part is not None:
+        rows = slice(part.start, part.stop)
+        negatives = Negatives(negatives.image_index[rows], negatives.text_index[rows])
     batch = len(negatives.image_index)
     if logits.shape != (3 * batch, 2):
         raise ShapeError(
@@ -106,4 +114,5 @@ def itm_loss(logits: Tensor, negatives: Negatives) -> Tensor:
         )
     positive = torch.ones(batch, dtype=torch.int64, device=logits.device)
     negative = torch.where(negatives.valid.to(logits.device), 0, -100)
-    return F.cross_entropy(logits.float(), torch.cat([positive, negative]))
+    total = F.cross_entropy(logits.float(), torch.cat([positive, negative]), reduction="sum")
+    return mean_over_ranks(total, count)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
+from blipfast.objectives.distributed import mean_over_ranks
 from blipfast.ops.linear_ce import Reduction, linear_cross_entropy
 
 IGNORE = -100
@@ -28,6 +30,7 @@ def lm_loss(
     weight: Tensor | None = None,
     label_smoothing: float = 0.1,
     reduction: Reduction = "mean",
+    count: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Cross-entropy of the next tokens, without logits of all tokens at once.
@@ -38,20 +41,26 @@ def lm_loss(
         head: the decoder's prediction head.
         weight: `(V, D)` in place of the head's own, where an `ops.TiedTable` is in use.
         label_smoothing: 0.1 in all of BLIP, in scores too.
-        reduction: "mean" over the labels that count, "sum", or "none" for `(T,)` losses.
+        reduction: "mean" over the labels that count on all ranks (of which this is the rank's
+            part, `distributed.mean_over_ranks`), "sum", or "none" for `(T,)` losses.
+        count: what "mean" divides by, where these labels are only part of a rank's batch.
         impl: backend of `linear_cross_entropy`.
 
     Returns:
         Float32; 0 where nothing counts. Raises ShapeError when shapes do not fit.
     """
     projection = head.decoder
-    return linear_cross_entropy(
+    loss = linear_cross_entropy(
         head.transform(hidden),
         projection.weight if weight is None else weight,
         projection.bias,
         labels,
         label_smoothing=label_smoothing,
         ignore_index=IGNORE,
-        reduction=reduction,
+        reduction="sum" if reduction == "mean" else reduction,
         impl=impl,
     )
+    if reduction != "mean":
+        return loss
+    counted = (labels != IGNORE).sum() if count is None else torch.tensor(count, device=loss.device)
+    return mean_over_ranks(loss, counted)

@@ -6,24 +6,27 @@ similarities, then ITM's 3B texts and LM's B texts in one packed pass over share
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from blipfast.errors import ShapeError
-from blipfast.models.blip import Blip, PackedText
+from blipfast.models.blip import PackedText
 from blipfast.models.config import BlipConfig
 from blipfast.models.streams import run_streams
-from blipfast.objectives.itc import FeatureQueue, clamp_temperature_, itc_loss
+from blipfast.objectives.itc import FeatureQueue, clamp_temperature_
 from blipfast.objectives.itm import Negatives, draw_negatives, itm_loss
 from blipfast.objectives.lm import lm_loss
 from blipfast.objectives.momentum import MomentumTwin
+from blipfast.tasks.contrastive import Contrast, ContrastiveBlip, Surroundings, check_batch
 
 
 @dataclass
 class PretrainOutput:
-    """The three losses (scalars), ITM logits `(3B, 2)` and the negatives that were drawn."""
+    """The three losses (scalars), ITM logits `(3B, 2)` and the negatives that were drawn.
+
+    On several ranks the losses are this rank's parts of the mean over all; negatives from all ranks
+    are numbered over all ranks' pairs.
+    """
 
     loss_itc: Tensor
     loss_itm: Tensor
@@ -39,10 +42,12 @@ class PretrainOutput:
         return {"itc": self.loss_itc, "itm": self.loss_itm, "lm": self.loss_lm}
 
 
-class BlipForPretraining(Blip):
+class BlipForPretraining(ContrastiveBlip):
     """BLIP with its momentum twin and feature queues.
 
     queue_size: past features kept as negatives for ITC. momentum: of the twin's weights.
+    across_ranks: ITC and ITM take the negatives of all ranks' batches, as one large batch would;
+    the original takes the own rank's.
     exclude_equal_ids: never draw a negative with the same image id (the original only excludes the
     pair itself). label_smoothing: of LM.
     """
@@ -53,12 +58,12 @@ class BlipForPretraining(Blip):
         *,
         queue_size: int = 57_600,
         momentum: float = 0.995,
+        across_ranks: bool = True,
         exclude_equal_ids: bool = False,
         label_smoothing: float = 0.1,
     ) -> None:
-        super().__init__(config, text_decoder="image", contrastive=True, num_classes=2)
+        super().__init__(config, momentum=momentum, across_ranks=across_ranks, text_decoder="image")
         self.decoder.share(self.encoder, config.sharing)
-        self.momentum = momentum
         self.exclude_equal_ids = exclude_equal_ids
         self.label_smoothing = label_smoothing
         self.twin = MomentumTwin(self)
@@ -86,88 +91,69 @@ class BlipForPretraining(Blip):
         update_state: move the momentum twin and the queue; by default only in training mode.
         """
         text = PackedText.from_padded(input_ids, attention_mask)
-        _check_batch(pixel_values, text)
+        check_batch(pixel_values, text)
         update_state = self.training if update_state is None else update_state
         clamp_temperature_(self.temp)
         image_embeds = self.encode_image(pixel_values)
-        image_feat = self.image_features(image_embeds)
-        config = self.text_config
-        starts = (config.cls_token_id, config.enc_token_id, config.dec_token_id)
-        words = text.looked_up(self.encoder.embeddings.word, starts)
-        text_feat = self.text_features(words)
-        if update_state:
-            self.twin.update(self, self.momentum)
-        image_feat_m, text_feat_m = self.twin.features(pixel_values, text)
-        loss_itc = itc_loss(
-            image_feat, text_feat, image_feat_m, text_feat_m, self.queue, self.temp, alpha
-        )
-        if update_state:
-            self.queue.enqueue(image_feat_m, text_feat_m)
-        if negatives is None:
-            negatives = draw_negatives(
-                image_feat,
-                text_feat,
-                image_feat_m,
-                text_feat_m,
-                self.temp,
-                eps=1e-4,
-                image_ids=image_ids if self.exclude_equal_ids else None,
-                seed=seed,
-                step=step,
-            )
-        itm_logits, loss_lm = self.ground(image_embeds, text, negatives, words)
-        loss_itm = itm_loss(itm_logits, negatives)
-        return PretrainOutput(loss_itc, loss_itm, loss_lm, itm_logits, negatives)
+        words = self.looked_up(text)
+        features = self.image_features(image_embeds), self.text_features(words)
+        if update_state and self.moves_twin:
+            self.move_twin()
+        contrast = self.contrast(
+            features, self.teacher.features(pixel_values, text), alpha=alpha, step=step, seed=seed,
+            image_ids=image_ids, negatives=negatives, update_state=update_state,
+        )  # fmt: skip
+        around = self.surroundings(image_embeds, input_ids, attention_mask, contrast, words)
+        itm_logits, loss_lm = self.ground(around, range(len(input_ids)))
+        loss_itm = itm_loss(itm_logits, contrast.negatives)
+        return PretrainOutput(contrast.loss_itc, loss_itm, loss_lm, itm_logits, contrast.negatives)
 
-    def ground(
+    def contrast(
         self,
-        image_embeds: Tensor,
-        text: PackedText,
-        negatives: Negatives,
-        words: PackedText | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """ITM logits `(3B, 2)` and the LM loss, by one pass of 3B encoded and B decoded texts.
+        features: tuple[Tensor, Tensor],
+        features_m: tuple[Tensor, Tensor],
+        *,
+        alpha: float,
+        step: int,
+        seed: int,
+        image_ids: Tensor | None,
+        negatives: Negatives | None,
+        update_state: bool,
+    ) -> Contrast:
+        """ITC over the batch's unit features (the student's and the twin's), and negatives drawn
+        by the student's similarities to the twin's features."""
+        loss, image_keys, text_keys, first = self.itc(
+            features, features_m, alpha, None, update_state
+        )
+        if negatives is None:
+            ids = image_ids if self.exclude_equal_ids else None
+            negatives = draw_negatives(
+                *features, image_keys, text_keys, self.temp, eps=1e-4, offset=first, seed=seed,
+                step=step, image_ids=ids, key_ids=self.of_keys(ids),
+            )  # fmt: skip
+        return Contrast(loss, negatives, self.across_ranks)
 
-        words: the same texts with their words looked up.
+    def ground(self, around: Surroundings, part: range) -> tuple[Tensor, Tensor]:
+        """ITM logits `(3b, 2)` and the LM loss of the `b` texts in `part`, in one pass of 3b
+        encoded and b decoded texts. The loss is a mean over all texts, of which the part gives
+        its share.
         """
-        batch = image_embeds.shape[0]
-        encoded = words or text
         shared = self.decoder.embeddings is self.encoder.embeddings
-        decoded = encoded if shared else text
+        text = around.text.select(part)
+        decoded = text if shared else text.without_words()
         inputs, labels = decoded.shifted()
-        itm_text, itm_images = itm_pairs(encoded, negatives, range(batch))
+        itm_text, itm_images = around.itm_pairs(part)
         streams = [
             self.grounded_stream(itm_text, itm_images, first_only=True),
-            self.decoder_stream(inputs, range(batch)),
+            self.decoder_stream(inputs, part),
         ]
-        first, hidden = run_streams(streams, self.image_states(image_embeds))
+        first, hidden = run_streams(streams, self.image_states(around.image_embeds))
         loss_lm = lm_loss(
             hidden,
             labels,
             self.lm_head,
             weight=decoded.words.table.weight if decoded.words else None,
             label_smoothing=self.label_smoothing,
+            count=around.text.packing.total - around.text.packing.num_sequences,
         )
         return self.itm_head(first), loss_lm
-
-
-def itm_pairs(
-    text: PackedText, negatives: Negatives, own: Sequence[int], pool: PackedText | None = None
-) -> tuple[PackedText, list[int]]:
-    """ITM's 3B pairs: the positives, each text with a drawn image, each image with a drawn text.
-
-    own: the place of the batch's own images among all images looked at. pool: the texts that
-    negatives are drawn from, by default `text` itself. A row with nothing to draw stands in for
-    itself; the loss leaves it out.
-    """
-    images = [j if j >= 0 else i for i, j in zip(own, negatives.image_index.tolist(), strict=True)]
-    texts = [j if j >= 0 else i for i, j in zip(own, negatives.text_index.tolist(), strict=True)]
-    pairs = text + text + (pool or text).select(texts)
-    return pairs, [*own, *images, *own]
-
-
-def _check_batch(pixel_values: Tensor, text: PackedText) -> None:
-    if pixel_values.shape[0] != text.packing.num_sequences:
-        raise ShapeError(
-            f"{pixel_values.shape[0]} images came with {text.packing.num_sequences} texts"
-        )

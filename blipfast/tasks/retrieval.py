@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from blipfast.errors import ShapeError
-from blipfast.models.blip import Blip, PackedText
+from blipfast.models.blip import PackedText
 from blipfast.models.config import BlipConfig
-from blipfast.objectives.distributed import all_gather_no_grad, all_gather_with_grad, rank_offset
-from blipfast.objectives.itc import FeatureQueue, clamp_temperature_, itc_loss
+from blipfast.objectives.distributed import all_gather_no_grad, rank_offset
+from blipfast.objectives.itc import FeatureQueue, clamp_temperature_
 from blipfast.objectives.itm import Negatives, draw_negatives, itm_loss
 from blipfast.objectives.momentum import MomentumTwin
-from blipfast.tasks.pretrain import itm_pairs
+from blipfast.tasks.contrastive import Contrast, ContrastiveBlip, Surroundings, check_batch
 
 
 @dataclass
@@ -37,11 +37,12 @@ class RetrievalOutput:
         return {"itc": self.loss_itc, "itm": self.loss_itm}
 
 
-class BlipForRetrieval(Blip):
+class BlipForRetrieval(ContrastiveBlip):
     """Image-grounded encoder with ITC projections and matching head.
 
     train_state: keep the momentum twin and queues that fine-tuning needs; a model that only scores
-    goes without. negatives_from_all_ranks: as for COCO; own rank only, as for Flickr30K.
+    goes without. across_ranks: of ITC, see `ContrastiveBlip`; not in the original.
+    negatives_from_all_ranks: ITM's, as for COCO; own rank only, as for Flickr30K.
     """
 
     def __init__(
@@ -51,10 +52,10 @@ class BlipForRetrieval(Blip):
         train_state: bool = False,
         queue_size: int = 57_600,
         momentum: float = 0.995,
+        across_ranks: bool = False,
         negatives_from_all_ranks: bool = True,
     ) -> None:
-        super().__init__(config, contrastive=True, num_classes=2)
-        self.momentum = momentum
+        super().__init__(config, momentum=momentum, across_ranks=across_ranks)
         self.negatives_from_all_ranks = negatives_from_all_ranks
         self.twin = MomentumTwin(self) if train_state else None
         self.queue = (
@@ -78,85 +79,57 @@ class BlipForRetrieval(Blip):
 
         image_ids: `(B,)` int64. The other arguments are those of `BlipForPretraining.forward`.
         """
-        if self.twin is None or self.queue is None:
-            raise ShapeError(
-                "this model only scores: build it with train_state=True to fine-tune it"
-            )
+        teacher = self.teacher
         text = PackedText.from_padded(input_ids, attention_mask)
+        check_batch(pixel_values, text)
         update_state = self.training if update_state is None else update_state
         clamp_temperature_(self.temp)
         image_embeds = self.encode_image(pixel_values)
-        image_feat = self.image_features(image_embeds)
-        text_feat = self.text_features(text)
-        if update_state:
-            self.twin.update(self, self.momentum)
-        image_feat_m, text_feat_m = self.twin.features(pixel_values, text)
-        loss_itc = itc_loss(
-            image_feat,
-            text_feat,
-            image_feat_m,
-            text_feat_m,
-            self.queue,
-            self.temp,
-            alpha,
-            ids=image_ids,
-        )
-        if update_state:
-            self.queue.enqueue(image_feat_m, text_feat_m, image_ids)
-        itm_logits, negatives = self._match_with_negatives(
-            image_embeds,
-            input_ids,
-            attention_mask,
-            image_feat,
-            text_feat,
-            image_ids,
-            negatives,
-            seed,
-            step,
-        )
-        return RetrievalOutput(loss_itc, itm_loss(itm_logits, negatives), itm_logits, negatives)
+        words = self.looked_up(text)
+        features = self.image_features(image_embeds), self.text_features(words)
+        if update_state and self.moves_twin:
+            self.move_twin()
+        contrast = self.contrast(
+            features, teacher.features(pixel_values, text), alpha=alpha, step=step, seed=seed,
+            image_ids=image_ids, negatives=negatives, update_state=update_state,
+        )  # fmt: skip
+        around = self.surroundings(image_embeds, input_ids, attention_mask, contrast, words)
+        itm_logits = self.ground(around, range(len(input_ids)))
+        loss_itm = itm_loss(itm_logits, contrast.negatives)
+        return RetrievalOutput(contrast.loss_itc, loss_itm, itm_logits, contrast.negatives)
 
-    def _match_with_negatives(
+    def contrast(
         self,
-        image_embeds: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        image_feat: Tensor,
-        text_feat: Tensor,
+        features: tuple[Tensor, Tensor],
+        features_m: tuple[Tensor, Tensor],
+        *,
+        alpha: float,
+        step: int,
+        seed: int,
         image_ids: Tensor,
         negatives: Negatives | None,
-        seed: int,
-        step: int,
-    ) -> tuple[Tensor, Negatives]:
-        """ITM logits `(3B, 2)` with negatives from this rank's batch, or from all ranks'."""
-        batch, first = image_embeds.shape[0], 0
-        image_keys, text_keys, key_ids = image_feat.detach(), text_feat.detach(), image_ids
-        text = PackedText.from_padded(input_ids, attention_mask)
-        pool = text
-        if self.negatives_from_all_ranks:
-            first = rank_offset(batch)
-            image_embeds = all_gather_with_grad(image_embeds)
-            image_keys, text_keys = all_gather_no_grad(image_keys), all_gather_no_grad(text_keys)
-            key_ids = all_gather_no_grad(image_ids)
-            pool = PackedText.from_padded(
-                all_gather_no_grad(input_ids), all_gather_no_grad(attention_mask)
-            )
+        update_state: bool,
+    ) -> Contrast:
+        """ITC over the batch's unit features (the student's and the twin's), and negatives drawn
+        by the student's similarities to its own features, never of an equal image id."""
+        loss, *_ = self.itc(features, features_m, alpha, image_ids, update_state)
         if negatives is None:
+            images, texts = (feature.detach() for feature in features)
+            first, key_ids = 0, image_ids
+            if self.negatives_from_all_ranks:
+                first = rank_offset(len(images))
+                images, texts = all_gather_no_grad(images), all_gather_no_grad(texts)
+                key_ids = all_gather_no_grad(image_ids)
             negatives = draw_negatives(
-                image_feat,
-                text_feat,
-                image_keys,
-                text_keys,
-                self.temp,
-                eps=0.0,
-                image_ids=image_ids,
-                key_ids=key_ids,
-                offset=first,
-                seed=seed,
-                step=step,
-            )
-        pairs, kv_index = itm_pairs(text, negatives, range(first, first + batch), pool)
-        return self.match(pairs, self.image_states(image_embeds), kv_index), negatives
+                *features, images, texts, self.temp, eps=0.0, image_ids=image_ids, key_ids=key_ids,
+                offset=first, seed=seed, step=step,
+            )  # fmt: skip
+        return Contrast(loss, negatives, self.negatives_from_all_ranks)
+
+    def ground(self, around: Surroundings, part: range) -> Tensor:
+        """ITM logits `(3b, 2)` of the `b` texts in `part`."""
+        pairs, kv_index = around.itm_pairs(part)
+        return self.match(pairs, self.image_states(around.image_embeds), kv_index)
 
     @torch.no_grad()
     def match_pairs(self, pixel_values: Tensor, text: PackedText) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from blipfast.objectives.distributed import (
     rank_offset,
     world_size,
 )
-from blipfast.objectives.itc import FeatureQueue, itc_loss
+from blipfast.objectives.itc import FeatureQueue, gather_keys, itc_loss
 from blipfast.objectives.itm import draw_negatives
 
 RANKS, BATCH = 2, 3
@@ -40,13 +40,12 @@ def step(rows: slice, first: int) -> dict[str, Tensor]:
     image, text = (features(seed)[rows].requires_grad_() for seed in (0, 1))
     image_m, text_m = (features(seed)[rows] for seed in (2, 3))
     ids, memory, temperature = torch.arange(6)[rows] % 4, queue(), torch.tensor(0.1)
+    keys = gather_keys(image_m, text_m, ids)
     losses = [
-        itc_loss(
-            image, text, image_m, text_m, memory, temperature, 0.4, i, keys_from_all_ranks=True
-        )
+        itc_loss(image, text, image_m, text_m, memory, temperature, 0.4, i, keys=keys)
         for i in (None, ids)
     ]
-    memory.enqueue(image_m, text_m, ids)
+    memory.enqueue(keys.image, keys.text, keys.ids)
     gathered = all_gather_with_grad(image)
     weights = torch.arange(gathered.numel()).view_as(gathered) * (first + 1.0)
     (sum(losses) + (gathered * weights).sum()).backward()

@@ -13,6 +13,7 @@ from blipfast.models.blip import PackedText
 from blipfast.models.config import Sharing, blip_config
 from blipfast.models.reference import encode_padded
 from blipfast.objectives.itm import Negatives
+from blipfast.tasks.contrastive import Contrast
 from blipfast.tasks.pretrain import BlipForPretraining
 
 LENGTHS = [5, 11, 2, 8]
@@ -32,6 +33,13 @@ def _batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     mask = (torch.arange(max(LENGTHS))[None] < torch.tensor(LENGTHS)[:, None]).long()
     ids = torch.randint(103, 450, mask.shape) * mask
     return torch.randn(len(LENGTHS), 17, 64, dtype=torch.float64), ids, mask
+
+
+def _packed(model, embeds, ids, mask, negatives):
+    contrast = Contrast(torch.zeros(()), negatives, from_all_ranks=False)
+    text = PackedText.from_padded(ids, mask)
+    around = model.surroundings(embeds, ids, mask, contrast, text)
+    return model.ground(around, range(len(ids)))
 
 
 def _per_pass(model, embeds, ids, mask, negatives):
@@ -82,8 +90,7 @@ def test_losses_and_all_gradients(sharing: str) -> None:
         model.zero_grad(set_to_none=True)
         images = embeds.clone().requires_grad_()
         if packed:
-            text = PackedText.from_padded(ids, mask)
-            logits, loss_lm = model.ground(images, text, negatives)
+            logits, loss_lm = _packed(model, images, ids, mask, negatives)
         else:
             logits, loss_lm = _per_pass(model, images, ids, mask, negatives)
         (F.cross_entropy(logits, targets) + loss_lm).backward()
@@ -119,9 +126,9 @@ def test_what_is_shared(sharing: str) -> None:
 def test_a_text_depends_on_the_image_it_names() -> None:
     model = _model("all_but_self_attention")
     embeds, ids, mask = _batch()
-    text = PackedText.from_padded(ids, mask)
+    texts = torch.tensor([3, 3, 0, 1])
     one, other = (
-        model.ground(embeds, text, Negatives(torch.tensor(images), torch.tensor([3, 3, 0, 1])))[0]
+        _packed(model, embeds, ids, mask, Negatives(torch.tensor(images), texts))[0]
         for images in ([1, 0, 1, 2], [1, 0, 1, 0])
     )
     changed = (one - other).abs().amax(1) > 1e-6

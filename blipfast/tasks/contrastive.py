@@ -1,0 +1,156 @@
+"""What pre-training and retrieval share (BLIP, section 3.2): momentum twin, queue, ITC, negatives.
+
+Their step has three phases, so that a batch can also be gone through in parts
+(`blipfast.tasks.in_parts`): `encode` images and texts on their own, `contrast` the whole batch, and
+`ground` the texts in the images that were drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from blipfast.errors import ShapeError
+from blipfast.models.blip import Blip, PackedText
+from blipfast.models.config import BlipConfig
+from blipfast.objectives.distributed import (
+    all_gather_no_grad,
+    fetch_rows,
+    gather_texts,
+    world_size,
+)
+from blipfast.objectives.itc import FeatureQueue, gather_keys, itc_loss
+from blipfast.objectives.itm import Negatives
+from blipfast.objectives.momentum import MomentumTwin
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """ITC's loss (scalar) and the negatives drawn for ITM, numbered over all ranks' pairs where
+    they come from all ranks (`from_all_ranks`)."""
+
+    loss_itc: Tensor
+    negatives: Negatives
+    from_all_ranks: bool
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """All that a batch's texts may be grounded in, at hand on this rank.
+
+    image_embeds: `(B + U, S, D)`, the batch's own images first. image_places: for each text the
+    place of the drawn image among them, -1 for none. text, drawn_texts: the batch's texts, and for
+    each image the drawn one (any, where none was drawn).
+    """
+
+    image_embeds: Tensor
+    image_places: Sequence[int]
+    text: PackedText
+    drawn_texts: PackedText
+
+    def itm_pairs(self, part: range) -> tuple[PackedText, list[int]]:
+        """ITM's pairs of the texts in `part`, and the image of each: the positives, each text with
+        a drawn image, each image with a drawn text.
+
+        A row with nothing to draw stands in for itself; the loss leaves it out.
+        """
+        text, drawn = self.text.select(part), self.drawn_texts.select(part)
+        places = [self.image_places[i] if self.image_places[i] >= 0 else i for i in part]
+        return text + text + drawn, [*part, *places, *part]
+
+
+class ContrastiveBlip(Blip):
+    """BLIP with ITC's projections, ITM's head and what they learn with.
+
+    twin, queue: None in a model that only scores. momentum: of the twin's weights.
+    across_ranks: ITC compares with the batches of all ranks, as if they were one. The original
+        compares with the own rank's batch and the queue.
+    moves_twin: a forward pass in training moves the twin. Where parameters are sharded it cannot:
+        the training loop then calls `move_twin` before it.
+    """
+
+    twin: MomentumTwin | None
+    queue: FeatureQueue | None
+
+    def __init__(
+        self, config: BlipConfig, *, momentum: float, across_ranks: bool, **parts: Any
+    ) -> None:
+        super().__init__(config, contrastive=True, num_classes=2, **parts)
+        self.momentum, self.across_ranks = momentum, across_ranks
+        self.moves_twin = True
+
+    @property
+    def teacher(self) -> MomentumTwin:
+        """The momentum twin of a model that has one."""
+        if self.twin is None:
+            raise ShapeError(
+                "this model only scores: build it with train_state=True to fine-tune it"
+            )
+        return self.twin
+
+    def move_twin(self) -> None:
+        """The momentum update, once before each step."""
+        self.teacher.update(self, self.momentum)
+
+    def looked_up(self, text: PackedText) -> PackedText:
+        """The texts with their words looked up once for all passes of a step."""
+        config = self.text_config
+        starts = (config.cls_token_id, config.enc_token_id, config.dec_token_id)
+        return text.looked_up(self.encoder.embeddings.word, starts)
+
+    def itc(
+        self,
+        features: tuple[Tensor, Tensor],
+        features_m: tuple[Tensor, Tensor],
+        alpha: float,
+        image_ids: Tensor | None,
+        update_state: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """ITC's loss, the momentum keys that negatives can be drawn from, and the own first row.
+
+        features, features_m: of images and texts, `(B, embed_dim)`, the student's and the twin's.
+        image_ids: equal ones are positives of each other; the queue then keeps ids.
+        """
+        keys = gather_keys(*features_m, image_ids)
+        compared = keys if self.across_ranks else keys.of_this_rank()
+        loss = itc_loss(
+            *features, *features_m, self.queue, self.temp, alpha, image_ids, keys=compared
+        )
+        if update_state and self.queue is not None:
+            self.queue.enqueue(keys.image, keys.text, keys.ids)
+        return loss, compared.image, compared.text, compared.first
+
+    def of_keys(self, ids: Tensor | None) -> Tensor | None:
+        """The image ids `(M,)` of the keys that `itc` returns, from the batch's `(B,)`."""
+        return all_gather_no_grad(ids) if self.across_ranks and ids is not None else ids
+
+    def surroundings(
+        self,
+        image_embeds: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        contrast: Contrast,
+        text: PackedText,
+    ) -> Surroundings:
+        """Brings the drawn images and texts here; of other ranks' images only the drawn ones."""
+        negatives = contrast.negatives
+        if not contrast.from_all_ranks or world_size() == 1:
+            places, rows = negatives.image_index.tolist(), negatives.text_index.tolist()
+            own = [row if row >= 0 else i for i, row in enumerate(rows)]
+            return Surroundings(image_embeds, places, text, text.select(own))
+        image_embeds, places = fetch_rows(image_embeds, negatives.image_index)
+        ids, mask = gather_texts(input_ids, attention_mask)
+        rows = negatives.text_index.clamp(min=0)
+        drawn = PackedText.from_padded(ids[rows], mask[rows])
+        return Surroundings(image_embeds, places, *text.with_words_of(drawn))
+
+
+def check_batch(pixel_values: Tensor, text: PackedText) -> None:
+    """Raises ShapeError unless each image came with one text."""
+    if pixel_values.shape[0] != text.packing.num_sequences:
+        raise ShapeError(
+            f"{pixel_values.shape[0]} images came with {text.packing.num_sequences} texts"
+        )
