@@ -100,7 +100,7 @@ def itm_loss(logits: Tensor, negatives: Negatives, part: range | None = None) ->
     part: the `b` pairs that the logits `(3b, 2)` are of; the mean is still over all pairs, so that
     the parts' losses add up.
 
-    Returns a float32 scalar, this rank's part of the mean over all ranks' rows
+    Returns a scalar, float32 at least, this rank's part of the mean over all ranks' rows
     (`distributed.mean_over_ranks`). Raises ShapeError when logits and negatives do not fit.
     """
     count = len(negatives.image_index) + negatives.valid.sum()
@@ -114,5 +114,6 @@ def itm_loss(logits: Tensor, negatives: Negatives, part: range | None = None) ->
         )
     positive = torch.ones(batch, dtype=torch.int64, device=logits.device)
     negative = torch.where(negatives.valid.to(logits.device), 0, -100)
-    total = F.cross_entropy(logits.float(), torch.cat([positive, negative]), reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits, torch.cat([positive, negative]), reduction="sum")
     return mean_over_ranks(total, count)
