@@ -183,6 +183,14 @@ class Blip(nn.Module):
         """The decoder's prediction head."""
         return _required(self.decoder.lm_head, "prediction head")
 
+    def checkpoint_gradients(self) -> None:
+        """From now on no layer keeps activations for the backward pass: it computes them again."""
+        for module in self.modules():
+            if isinstance(module, VisionTransformer):
+                module.gradient_checkpointing = len(module.blocks)
+            elif isinstance(module, TextTransformer):
+                module.gradient_checkpointing = True
+
     def encode_image(self, pixel_values: Tensor, *, first_only: bool = False) -> Tensor:
         """`(B, 3, image_size, image_size)` to `image_embeds (B, S, D)`; the CLS token's `(B, 1, D)`
         with `first_only`, which is all that `image_features` looks at.

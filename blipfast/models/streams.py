@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from blipfast.errors import ConfigError, ShapeError
 from blipfast.ops.attention import CrossPlan
@@ -52,6 +54,7 @@ class TextStream:
     kv_index: for each text the image it looks at; None for a text on its own.
     first_only: only each text's first token is wanted ([CLS], [ENC]); the last layer stops there.
     prefixes: `hidden` holds nodes that several texts share, packed by what they look at.
+    recompute: no layer keeps its activations; the backward pass computes them again.
     """
 
     layers: nn.ModuleList
@@ -61,6 +64,7 @@ class TextStream:
     kv_index: Sequence[int] | None = None
     first_only: bool = False
     prefixes: SharedPrefixes | None = None
+    recompute: bool = False
 
 
 def run_streams(streams: Sequence[TextStream], states: CrossStates | None = None) -> list[Tensor]:
@@ -74,24 +78,41 @@ def run_streams(streams: Sequence[TextStream], states: CrossStates | None = None
     num_layers = len(streams[0].layers)
     hidden = torch.cat([s.hidden for s in streams]) if len(streams) > 1 else streams[0].hidden
     plans: dict[tuple[int, int], CrossPlan] = {}
+    after = streams
     for i in range(num_layers):
-        layers = [s.layers[i] for s in streams]
-        parts = [
-            layer.self_attention(part, s.packing, s.causal, s.prefixes)  # type: ignore[operator]
-            for layer, part, s in zip(layers, _split(hidden, streams), streams, strict=True)
-        ]
         if i == num_layers - 1 and any(s.first_only for s in streams):
-            parts = [_first_tokens(part, s) for part, s in zip(parts, streams, strict=True)]
-            streams = [_shortened(s) for s in streams]
-            plans = {}
-        hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if states is not None:
-            hidden = _cross(
-                i, [cross_module(layer) for layer in layers], hidden, streams, states, plans
-            )
-        feed_forward: list[nn.Module] = [layer.feed_forward for layer in layers]  # type: ignore[misc]
-        hidden = _shared(feed_forward, hidden, streams, lambda module, x, *_: module(x))
-    return list(_split(hidden, streams))
+            after, plans = [_shortened(s) for s in streams], {}
+        layer = partial(_layer, i, streams=streams, after=after, states=states, plans=plans)
+        if any(s.recompute for s in streams):
+            hidden = checkpoint(layer, hidden, use_reentrant=False)
+        else:
+            hidden = layer(hidden)
+    return list(_split(hidden, after))
+
+
+def _layer(
+    i: int,
+    hidden: Tensor,
+    *,
+    streams: Sequence[TextStream],
+    after: Sequence[TextStream],
+    states: CrossStates | None,
+    plans: dict[tuple[int, int], CrossPlan],
+) -> Tensor:
+    """Layer i of all streams; `after` are those that leave its self-attention, maybe shortened."""
+    layers = [s.layers[i] for s in streams]
+    parts = [
+        layer.self_attention(part, s.packing, s.causal, s.prefixes)  # type: ignore[operator]
+        for layer, part, s in zip(layers, _split(hidden, streams), streams, strict=True)
+    ]
+    if after is not streams:
+        parts = [_first_tokens(part, s) for part, s in zip(parts, streams, strict=True)]
+    hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if states is not None:
+        modules = [cross_module(layer) for layer in layers]
+        hidden = _cross(i, modules, hidden, after, states, plans)
+    feed_forward: list[nn.Module] = [layer.feed_forward for layer in layers]  # type: ignore[misc]
+    return _shared(feed_forward, hidden, after, lambda module, x, *_: module(x))
 
 
 def _cross(

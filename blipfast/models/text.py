@@ -211,6 +211,7 @@ class TextTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # layers compute their activations again in backward
         self.embeddings = Embeddings(config)
 
         def cross(i: int) -> nn.Module | None:
@@ -263,7 +264,14 @@ class TextTransformer(nn.Module):
             )
         positions = packing.positions if prefixes is None else prefixes.positions
         hidden = self.embeddings(input_ids, positions, words)
-        return TextStream(self.layers, hidden, packing, prefixes=prefixes, **options)  # type: ignore[arg-type]
+        return TextStream(
+            self.layers,
+            hidden,
+            packing,
+            prefixes=prefixes,
+            recompute=self.gradient_checkpointing and self.training,
+            **options,  # type: ignore[arg-type]
+        )
 
     def cross_states(
         self, *embeds: Tensor, lengths: Tensor | None = None, project: bool = False

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_to_all_single
 
 from blipfast.errors import ShapeError
 
@@ -65,6 +64,25 @@ class _AllGather(torch.autograd.Function):
         return total[first : first + ctx.rows]
 
 
+class _Exchange(torch.autograd.Function):
+    """Sends `sent[r]` rows to each rank r and receives `received[r]` from it, in rank order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        ctx.sent, ctx.received = sent, received
+        return _exchange(rows, sent, received)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _exchange(grads[0], ctx.received, ctx.sent), None, None
+
+
+def _exchange(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    out = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(out, rows.contiguous(), received, sent)
+    return out
+
+
 def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
     """This rank's part of a mean over all ranks' rows, such that the ranks' parts average to it.
 
@@ -114,10 +132,7 @@ def fetch_rows(tensor: Tensor, index: Tensor) -> tuple[Tensor, list[int]]:
     received = [sum(number // batch == r for number in foreign[rank]) for r in range(size)]
     rows = torch.tensor([row for part in given for row in part], device=tensor.device)
     parcels = tensor.index_select(0, rows.to(torch.int64))
-    fetched = all_to_all_single(
-        tensor.new_empty(sum(received), *tensor.shape[1:]),
-        parcels, received, [len(part) for part in given],
-    )  # fmt: skip
+    fetched: Tensor = _Exchange.apply(parcels, [len(part) for part in given], received)
     places = {rank * batch + i: i for i in range(batch)}
     places |= {number: batch + i for i, number in enumerate(foreign[rank])}
     return torch.cat([tensor, fetched]), [places.get(number, -1) for number in asked[rank]]

@@ -30,11 +30,18 @@ class MomentumTwin(Blip):
     def update(self, student: Blip, momentum: float = 0.995) -> None:
         """`twin = momentum * twin + (1 - momentum) * student`, for all parameters at once."""
         sources = dict(student.named_parameters())
-        names, targets = zip(*self.named_parameters(), strict=True)
-        momentum_update_(list(targets), [sources[name] for name in names], momentum)
+        named = dict(self.named_parameters())
+        targets = [_own_share(parameter) for parameter in named.values()]
+        momentum_update_(targets, [_own_share(sources[name]) for name in named], momentum)
 
     @torch.no_grad()
     def features(self, pixel_values: Tensor, text: PackedText) -> tuple[Tensor, Tensor]:
         """Unit features of images and texts, `(B, embed_dim)` and `(N, embed_dim)`."""
         embeds = self.encode_image(pixel_values, first_only=True)
         return self.image_features(embeds), self.text_features(text)
+
+
+def _own_share(parameter: Tensor) -> Tensor:
+    """Under FSDP a rank moves its share of each parameter, which both models cut alike."""
+    to_local = getattr(parameter, "to_local", None)
+    return parameter if to_local is None else to_local()

@@ -143,8 +143,8 @@ class ContrastiveBlip(Blip):
             return Surroundings(image_embeds, places, text, text.select(own))
         image_embeds, places = fetch_rows(image_embeds, negatives.image_index)
         ids, mask = gather_texts(input_ids, attention_mask)
-        rows = negatives.text_index.clamp(min=0)
-        drawn = PackedText.from_padded(ids[rows], mask[rows])
+        drawn_rows = negatives.text_index.clamp(min=0)
+        drawn = PackedText.from_padded(ids[drawn_rows], mask[drawn_rows])
         return Surroundings(image_embeds, places, *text.with_words_of(drawn))
 
 

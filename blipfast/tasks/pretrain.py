@@ -52,6 +52,9 @@ class BlipForPretraining(ContrastiveBlip):
     pair itself). label_smoothing: of LM.
     """
 
+    twin: MomentumTwin
+    queue: FeatureQueue
+
     def __init__(
         self,
         config: BlipConfig,

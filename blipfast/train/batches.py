@@ -63,8 +63,15 @@ class ShardBatches:
     """
 
     def __init__(
-        self, config: DataConfig, tokenizer: BlipTokenizer, image_size: int, task: TaskName
+        self,
+        config: DataConfig,
+        tokenizer: BlipTokenizer,
+        image_size: int,
+        task: TaskName,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
+        self.rank, self.world_size = rank, world_size
         self.config, self.tokenizer, self.task = config, tokenizer, task
         self.shards = read_shards(config.shards).shards
         self.augment = TrainTransform(image_size, scale=config.crop_scale, flip=config.flip)
@@ -90,6 +97,10 @@ class ShardBatches:
                     f"{self.config.batch_size}; lower data.batch_size or add data"
                 )
             epoch, taken = epoch + 1, 0
+
+    @staticmethod
+    def combine_positions(positions: list) -> dict:
+        return positions[0]
 
     def epoch(self, epoch: int, taken: int = 0) -> Iterator[dict[str, Any]]:
         """The batches of one epoch after its first `taken` samples."""
@@ -123,7 +134,7 @@ class ShardBatches:
         """Samples in order, with their images under way a batch or two ahead."""
         waiting: deque[tuple[int, Sample, Future[Tensor]]] = deque()
         for index, sample in enumerate(self._shuffled(epoch)):
-            if index < taken:
+            if index < taken or index % self.world_size != self.rank:
                 continue
             waiting.append((index, sample, pool.submit(self._pixels, sample, epoch, index)))
             if len(waiting) > 2 * self.config.batch_size:

@@ -1,9 +1,10 @@
-"""The training loop: any model, any iterable of batches, any step that gives a loss.
+"""The training loop: any model, any iterable of batches, any step that gives a loss, any ranks.
 
 What is particular here:
-- A step counts only when its loss and gradients are finite; otherwise the run stops with the
-  batch's keys, or leaves the step out.
-- The first Ctrl-C ends the run after the step at hand, so that what is saved is consistent.
+- A step counts only when its loss and gradients are finite on all ranks; otherwise the run stops
+  with the batch's keys, or leaves the step out.
+- Ctrl-C and SIGTERM end the run after the step at hand, on all ranks alike, and what is saved is
+  whole.
 - A resumed run continues bit for bit: weights, optimiser, random numbers, place in the data.
 """
 
@@ -12,11 +13,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 import math
 import os
-import random
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -27,22 +26,31 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from blipfast.errors import CheckpointError, ConfigError, TrainingError
+from blipfast.train import random_state
+from blipfast.train.checkpoints import Checkpoints
 from blipfast.train.config import FitConfig
-from blipfast.train.files import LAST, load_state, save_state
 from blipfast.train.history import History
+from blipfast.train.optim import create_state, make_optimizer, named_state, set_learning_rate
+from blipfast.train.parallel import lay_out
 from blipfast.train.progress import training_progress
+from blipfast.train.ranks import gather_objects, mean_of_ranks, rank, restarted, world_size
 from blipfast.train.schedule import learning_rate_at
+from blipfast.train.stopping import Preempted, Watchdog, Wishes, heeding_signals
 
 Batch = dict[str, Any]
 _REDRAW_SECONDS = 0.1
-# What a resumed run may change: its length, and how it reports.
+# What a resumed run may change: its length, how it reports, and over how many ranks it runs.
 _MAY_CHANGE = frozenset(
-    {"steps", "epochs", "log_every", "checkpoint_every", "on_nonfinite", "max_skips", "compile"}
+    {"steps", "epochs", "log_every", "checkpoint_every", "keep_checkpoints", "on_nonfinite"}
+    | {"max_skips", "compile", "parallel", "grad_checkpointing", "micro_batch", "hang_timeout"}
 )
 
 
 class StepOutput(Protocol):
-    """What a step returns: the loss to minimise and its named parts, all scalars."""
+    """What a step returns: the loss to minimise and its named parts, all scalars.
+
+    A loss without a graph says that the step has run the backward pass itself.
+    """
 
     @property
     def loss(self) -> Tensor: ...
@@ -66,42 +74,56 @@ def fit(
 ) -> History:
     """Trains `model` in place with AdamW and returns what each step gave.
 
+    With a process group (`train.ranks.process_group`) every rank calls it with a model of the same
+    shape and batches of its own; losses are averaged over the ranks.
+
     Args:
         model: its parameters that require gradients are trained, on the device where they lie.
+            Under `parallel="fsdp"` they are shared out over the ranks, and stay so.
         batches: dicts whose tensors are moved to that device. "keys" (a list of names) tells errors
-            and the count of samples; "position" and a method `stream(position)` of `batches` let a
-            resumed run find its place at once. An iterable that ends is begun again.
+            and the count of samples; "position" and methods `stream(state)` and
+            `combine_positions(positions of all ranks)` of `batches` let a resumed run find its
+            place at once, on any number of ranks. An iterable that ends is begun again.
         step_fn: `(model, batch, step, epoch)` to an output with `.loss` and `.losses()`; step
             counts from 0, epoch is a fraction (`step / steps_per_epoch`).
-        config: length, optimiser, schedule. `config.seed` seeds torch's global generator.
+        config: length, optimiser, schedule, parallelism. `config.seed` seeds torch's generators.
         title: names the run in the bar and in errors.
-        progress: a rich bar to add a task to; by default one of its own.
-        checkpoint_dir: keeps `last.pt` there: each epoch or `checkpoint_every` steps, at the end,
-            and on Ctrl-C. It is replaced whole or not at all.
-        resume: go on from `last.pt`, if there is one.
+        progress: a rich bar to add a task to; by default one of its own, on rank 0.
+        checkpoint_dir: keeps the newest checkpoints there: each epoch or `checkpoint_every` steps,
+            at the end, and on Ctrl-C or SIGTERM. Each is there whole or not at all.
+        resume: go on from the newest one, if there is one. A run that torchrun starts again does.
 
     Raises:
         TrainingError: a loss or gradient is not finite, the data end or the disk is full.
-        ConfigError: the length is open, or a resumed run has other settings.
-        CheckpointError: `last.pt` does not fit, or is there without `resume`.
+        ConfigError: the length is open, settings exclude each other, or a resumed run has others.
+        CheckpointError: a checkpoint does not fit, or is there without `resume`.
         KeyboardInterrupt: on Ctrl-C, after the step is finished and saved; at once on a second.
+        Preempted: on SIGTERM, after the step is finished and saved.
     """
-    run = _Run(model, step_fn, config, title, checkpoint_dir)
-    run.start(resume)
-    own = progress is None
+    run = _Run(model, batches, step_fn, config, title, checkpoint_dir)
     # Ctrl-C may cut into any line: a drawing thread could then be left waiting for a lock.
-    bar = training_progress(auto_refresh=False) if progress is None else progress
-    with bar if own else contextlib.nullcontext(), _interruption() as asked_to_stop:
+    bar = progress or training_progress(auto_refresh=False, disable=rank() > 0)
+    with contextlib.ExitStack() as stack:
+        stack.callback(run.close)
+        run.start(resume or restarted())
+        if progress is None:
+            stack.enter_context(bar)
+        wishes = stack.enter_context(heeding_signals())
+        watchdog = stack.enter_context(Watchdog(title, config.hang_timeout))
         task = bar.add_task(title, total=config.total_steps, completed=run.step)
-        stream = _stream(batches, run.step, run.position, title) if run.left else iter(())
+        stream = run.stream() if run.left else iter(())
+        stack.callback(getattr(stream, "close", lambda: None))
         for batch in itertools.islice(stream, run.left):
-            run.do(batch)
+            asked = run.do(batch, wishes)
+            watchdog.alive(run.step)
             run.report(bar, task)
-            if asked_to_stop.is_set():
+            if asked.interrupted or asked.preempted:
                 run.save()
-                raise KeyboardInterrupt
+                run.close()
+                raise Preempted if asked.preempted else KeyboardInterrupt
             if run.checkpoint_due:
                 run.save()
+        run.close()
     return run.history
 
 
@@ -111,29 +133,27 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
+        batches: Iterable[Batch],
         step_fn: StepFn,
         config: FitConfig,
         title: str,
         directory: str | os.PathLike[str] | None,
     ) -> None:
-        self.model, self.step_fn, self.config, self.title = model, step_fn, config, title
+        self.batches, self.step_fn, self.config, self.title = batches, step_fn, config, title
         self.total = config.total_steps
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        if not self.parameters:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
             raise TrainingError(f"{title}: no parameter of the model requires gradients")
-        self.device = self.parameters[0].device
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda") or None,
-        )
-        self.forward: Any = torch.compile(model) if config.compile else model
-        self.checkpoint = None if directory is None else Path(directory) / LAST
+        self.device = trained[0].device
+        self.layout = lay_out(model, config)
+        self.model = model
+        self.optimizer = make_optimizer(model, config)
+        keep = config.keep_checkpoints
+        self.checkpoints = None if directory is None else Checkpoints(directory, keep)
         self.history = History(title)
         self.step, self.skips_in_a_row = 0, 0
-        self.position: Any = None
+        self.position: Any = None  # of this rank in its data
+        self.found: Any = None  # that of all ranks, in a checkpoint
         self.clock = self.drawn = time.perf_counter()
 
     @property
@@ -147,47 +167,57 @@ class _Run:
 
     def start(self, resume: bool) -> None:
         self.model.train()
-        torch.manual_seed(self.config.seed)
-        if self.checkpoint is not None and self.checkpoint.exists():
+        random_state.seed(self.config.seed)
+        latest = None if self.checkpoints is None else self.checkpoints.latest()
+        if latest is not None:
             if not resume:
                 raise CheckpointError(
-                    f"{self.checkpoint} is there already: resume that run, or choose another folder"
+                    f"{latest} is there already: resume that run, or choose another folder"
                 )
-            self._restore(self.checkpoint)
+            self._restore(latest)
         self.clock = time.perf_counter() - (self.history.seconds or [0.0])[-1]
 
-    def do(self, batch: Batch) -> None:
-        """One step: forward, backward, check, update, record."""
+    def stream(self) -> Iterator[Batch]:
+        if hasattr(self.batches, "stream"):
+            return self.batches.stream(self.found)
+        return _repeated(self.batches, self.step, self.title)
+
+    def do(self, batch: Batch, wishes: Wishes) -> Wishes:
+        """One step: forward, backward, check, update, record. Returns what any rank was asked."""
         config, step = self.config, self.step
         moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         lr = learning_rate_at(step, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         # A bad batch reaches the feature queue before its loss is known.
         before = self._buffers() if config.on_nonfinite == "skip" else {}
+        self.layout.before_step()
         bf16 = config.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            output = self.step_fn(self.forward, moved, step, step / config.epoch_length)
-        output.loss.backward()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+            output = self.step_fn(self.layout.forward, moved, step, step / config.epoch_length)
+        if output.loss.requires_grad:
+            output.loss.backward()
+        self.layout.finish()
+        norm = self.layout.gradient_norm()
         parts = output.losses()
-        scalars = torch.stack([t.detach().float() for t in (output.loss, norm, *parts.values())])
-        total, grad_norm, *values = scalars.tolist()  # the only wait for the device in a step
-        losses = dict(zip(parts, values, strict=True))
+        scalars = [output.loss, norm, *parts.values()]
+        scalars += [norm.new_tensor(float(wish)) for wish in dataclasses.astuple(wishes)]
+        mean = mean_of_ranks(torch.stack([t.detach().float() for t in scalars]))
+        total, grad_norm, *values = mean.tolist()  # the only wait for the device in a step
+        losses = dict(zip(parts, values[: len(parts)], strict=True))
         if math.isfinite(total) and math.isfinite(grad_norm):
             if config.grad_clip is not None:
-                nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip, norm)
+                self.layout.clip(config.grad_clip, norm)
             self.optimizer.step()
             self.skips_in_a_row = 0
             seconds = time.perf_counter() - self.clock
-            samples = _samples(moved)
+            samples = _samples(moved) * world_size()
             self.history.add(step, total, losses, lr, grad_norm, seconds, samples)
         else:
             self._skip_or_stop(batch, total, losses, grad_norm, before)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.position = batch.get("position")
+        return Wishes(*(value > 0 for value in values[len(parts) :]))
 
     def _skip_or_stop(
         self, batch: Batch, total: float, losses: dict[str, float], grad_norm: float,
@@ -195,7 +225,9 @@ class _Run:
     ) -> None:  # fmt: skip
         what = "gradient" if math.isfinite(total) else "loss"
         named = ", ".join(f"{k} {v:.4g}" for k, v in {"loss": total, **losses}.items())
-        keys = [str(key) for key in batch.get("keys", [])]
+        of_ranks = gather_objects([str(key) for key in batch.get("keys", [])])
+        keys = [key for of_rank in of_ranks for key in of_rank]
+        self._write_down({"step": self.step, "loss": str(total), "keys": keys})
         shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
         message = (
             f"{self.title}: step {self.step}: the {what} is not finite ({named}, gradient norm "
@@ -214,6 +246,14 @@ class _Run:
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(before[name])
 
+    def _write_down(self, entry: dict[str, Any]) -> None:
+        """All keys of a bad batch, for later: an error shows only the first."""
+        if self.checkpoints is not None and rank() == 0:
+            folder = self.checkpoints.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "nonfinite.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
     def _buffers(self) -> dict[str, Tensor]:
         return {name: buffer.clone() for name, buffer in self.model.named_buffers()}
 
@@ -228,7 +268,7 @@ class _Run:
             bar.refresh()
             self.drawn = time.perf_counter()
         due = self.step % self.config.log_every == 0 or self.step == self.total
-        if due and not bar.console.is_terminal:
+        if due and rank() == 0 and not bar.console.is_terminal:
             lr = (history.lr or [0.0])[-1]
             bar.console.print(
                 f"{self.title}  step {self.step}/{self.total}  {losses}  lr {lr:.2e}  {rate}",
@@ -236,44 +276,51 @@ class _Run:
             )  # fmt: skip
 
     def save(self) -> None:
-        if self.checkpoint is None:
+        """Starts to write a checkpoint; `close` waits for it."""
+        if self.checkpoints is None:
             return
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        save_state(
-            self.checkpoint,
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "position": self.position,
-                "rng": {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()},
-                "history": self.history.to_dict(),
-                "config": dataclasses.asdict(self.config),
-            },
-        )
+        positions = gather_objects(self.position)
+        combine = getattr(self.batches, "combine_positions", None)
+        facts = {
+            "data": combine(positions) if combine is not None else None,
+            "random": gather_objects(random_state.host_state()),
+            "history": self.history.to_dict(),
+            "config": dataclasses.asdict(self.config),
+        }
+        self.checkpoints.save(self.step, self._tensors(), facts)
+
+    def close(self) -> None:
+        """Waits until the checkpoint under way is whole."""
+        if self.checkpoints is not None:
+            self.checkpoints.close()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that training changes; a module that is shared counts under its first name."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        kept = self.model.state_dict(keep_vars=True).keys()
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        tensors |= {f"model.{n}": b for n, b in self.model.named_buffers() if n in kept}
+        optimizer = named_state(self.optimizer, names)
+        tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
+        return tensors | random_state.device_state(self.device)
 
     def _restore(self, path: Path) -> None:
-        state = load_state(path)
-        now = dataclasses.asdict(self.config)
-        for name, value in state["config"].items():
+        assert self.checkpoints is not None
+        create_state(self.optimizer)
+        tensors = self._tensors()
+        facts = self.checkpoints.load(path, tensors, optional="rng.")
+        now = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        for name, value in facts["config"].items():
             if name not in _MAY_CHANGE and now.get(name) != value:
                 raise ConfigError(
                     f"{path} was made with fit.{name} {value!r}, now it is {now.get(name)!r}: "
                     "resume with the old settings, or start anew in another folder"
                 )
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path} is of another model: {error}") from error
-        self.step, self.position = state["step"], state.get("position")
-        self.history = History.from_dict(state["history"])
-        torch.set_rng_state(state["rng"]["torch"])
-        random.setstate(state["rng"]["python"])
-        if state["rng"]["cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        self.step, self.found = facts["step"], facts["data"]
         if self.step > self.total:
             raise ConfigError(f"{path} is at step {self.step}, after the end at {self.total}")
+        self.history = History.from_dict(facts["history"])
+        random_state.restore(facts["random"], tensors, self.device, self.config.seed, self.step)
 
 
 def _samples(batch: Batch) -> int:
@@ -282,11 +329,8 @@ def _samples(batch: Batch) -> int:
     return next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.dim()), 0)
 
 
-def _stream(batches: Iterable[Batch], done: int, position: Any, title: str) -> Iterator[Batch]:
+def _repeated(batches: Iterable[Batch], done: int, title: str) -> Iterator[Batch]:
     """Batches without end, after the `done` that an interrupted run has used."""
-    if hasattr(batches, "stream"):
-        yield from batches.stream(position)
-        done = 0
     taken = 0
     while True:
         before = taken
@@ -298,25 +342,3 @@ def _stream(batches: Iterable[Batch], done: int, position: Any, title: str) -> I
             raise TrainingError(
                 f"{title}: the data ended after {taken} batches; give more, or fewer steps"
             )
-
-
-@contextlib.contextmanager
-def _interruption() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second raises KeyboardInterrupt on the spot."""
-    asked = threading.Event()
-    previous = signal.getsignal(signal.SIGINT)
-    here = threading.current_thread() is threading.main_thread()
-    if not here or previous in (signal.SIG_IGN, None):
-        yield asked
-        return
-
-    def on_signal(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -9,11 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
+from blipfast.errors import TrainingError
 
-from blipfast.errors import CheckpointError, TrainingError
-
-LAST = "last.pt"
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -54,35 +51,16 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
         cause = error if watched is None or watched.error is None else watched.error
         if not isinstance(cause, OSError):
             raise
-        full = cause.errno in _FULL
-        reason = "the disk is full" if full else (cause.strerror or str(cause))
         kept = "; the file that was there before is unharmed" if path.exists() else ""
-        advice = "; free some space or choose another folder" if full else ""
-        raise TrainingError(f"cannot write {path}: {reason}{kept}{advice}") from error
+        raise TrainingError(describe_write_error(path, cause, kept)) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes a training state that `load_state` reads. Raises TrainingError as `write_whole`."""
-    write_whole(path, lambda file: torch.save(state, file))
-
-
-def load_state(path: Path) -> dict[str, Any]:
-    """Reads a training state onto the CPU, without unpickling code.
-
-    Raises CheckpointError when the file is missing, damaged or something else.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no checkpoint {path}") from error
-    except Exception as error:  # unpicklers raise many kinds on damaged data
-        raise CheckpointError(f"{path} is damaged or no training checkpoint: {error}") from error
-    missing = {"model", "optimizer", "step", "rng", "history", "config"} - set(
-        state if isinstance(state, dict) else ()
-    )
-    if missing:
-        raise CheckpointError(f"{path} is no training checkpoint: it lacks {sorted(missing)}")
-    return state
+def describe_write_error(path: Path, error: OSError, kept: str = "") -> str:
+    """What went wrong, in words; kept: what is unharmed."""
+    full = error.errno in _FULL
+    reason = "the disk is full" if full else (error.strerror or str(error))
+    advice = "; free some space or choose another folder" if full else ""
+    return f"cannot write {path}: {reason}{kept}{advice}"

@@ -26,10 +26,12 @@ class _Field(ProgressColumn):
         return Text(str(task.fields.get(self.name, "")), style=self.style)
 
 
-def training_progress(console: Console | None = None, *, auto_refresh: bool = True) -> Progress:
+def training_progress(
+    console: Console | None = None, *, auto_refresh: bool = True, disable: bool = False
+) -> Progress:
     """A bar whose tasks may have the fields `losses` and `rate`; it draws on stderr.
 
-    auto_refresh: draw from a thread; otherwise only when `refresh` is called.
+    auto_refresh: draw from a thread; otherwise only when `refresh` is called. disable: never draw.
     """
     return Progress(
         TextColumn("{task.description}"),
@@ -40,4 +42,5 @@ def training_progress(console: Console | None = None, *, auto_refresh: bool = Tr
         TimeRemainingColumn(),
         console=console or Console(stderr=True),
         auto_refresh=auto_refresh,
+        disable=disable,
     )

@@ -27,11 +27,23 @@ from blipfast.errors import ConfigError, DataError
 from blipfast.models.blip import Blip
 from blipfast.models.config import BlipConfig, blip_config
 from blipfast.objectives.itc import alpha_at
+from blipfast.tasks.in_parts import backward_in_parts
 from blipfast.train.batches import ShardBatches, count_samples
+from blipfast.train.checkpoints import Checkpoints
 from blipfast.train.config import FitConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from blipfast.train.engine import Batch, StepFn, StepOutput, fit
-from blipfast.train.files import LAST, write_whole
+from blipfast.train.files import write_whole
 from blipfast.train.history import History
+from blipfast.train.parallel import whole_state
+from blipfast.train.ranks import (
+    gather_objects,
+    local_rank,
+    process_group,
+    rank,
+    restarted,
+    started_by_torchrun,
+    world_size,
+)
 
 Options = Callable[[ObjectiveConfig], dict[str, Any]]
 
@@ -53,15 +65,16 @@ def _contrastive_step(objective: ObjectiveConfig, config: FitConfig) -> StepFn:
     length, ramp = config.epoch_length, objective.alpha_ramp_epochs
 
     def step(model: Any, batch: Batch, step: int, epoch: float) -> StepOutput:
-        return model(
-            batch["pixel_values"],
-            batch["input_ids"],
-            batch["attention_mask"],
-            image_ids=batch["image_ids"],
-            alpha=alpha_at(objective.alpha, 0, step, length, ramp),
-            step=step,
-            seed=config.seed,
-        )
+        images, texts = batch["pixel_values"], (batch["input_ids"], batch["attention_mask"])
+        options = {
+            "image_ids": batch["image_ids"],
+            "alpha": alpha_at(objective.alpha, 0, step, length, ramp),
+            "step": step,
+            "seed": config.seed,
+        }
+        if config.micro_batch is None or config.micro_batch >= len(images):
+            return model(images, *texts, **options)
+        return backward_in_parts(model, images, *texts, micro_batch=config.micro_batch, **options)
 
     return step
 
@@ -118,12 +131,14 @@ def _picked(*names: str, **more: Any) -> Options:
 RECIPES: dict[str, Recipe] = {
     "pretrain": Recipe(
         "pretrain",
-        _picked("queue_size", "momentum", "exclude_equal_ids", "label_smoothing"),
+        _picked("queue_size", "momentum", "across_ranks", "exclude_equal_ids", "label_smoothing"),
         _contrastive_step,
     ),
     "retrieval": Recipe(
         "retrieval",
-        _picked("queue_size", "momentum", "negatives_from_all_ranks", train_state=True),
+        _picked(
+            "queue_size", "momentum", "across_ranks", "negatives_from_all_ranks", train_state=True
+        ),
         _contrastive_step,
     ),
     "caption": Recipe("caption", _picked("label_smoothing"), _caption_step),
@@ -133,28 +148,41 @@ RECIPES: dict[str, Recipe] = {
 
 
 def run_training(config: TrainConfig, progress: Progress | None = None) -> History:
-    """Trains as configured and writes `config.output`.
+    """Trains as configured and writes `config.output`; under torchrun on all its ranks.
 
     There: `model/` (our format, with its vocab.txt), `history.json`, `train.json` (the settings),
-    `checkpoint/last.pt` to resume from, and `quarantine.json` when records were set aside.
+    `checkpoint/` to resume from, and `quarantine.json` when records were set aside.
 
-    Raises ConfigError, DataError, CheckpointError and TrainingError, in words.
+    Raises ConfigError, DataError, CheckpointError and TrainingError, in words; Preempted after
+    SIGTERM.
     """
+    device = pick_device(config.device)
+    # A rank that waits for one that hangs should find out by the watchdog, not by this.
+    timeout = 2 * config.fit.hang_timeout
+    with process_group(device, timeout, alone_too=config.fit.parallel == "fsdp"):
+        return _run_on_ranks(config, device, progress)
+
+
+def _run_on_ranks(config: TrainConfig, device: torch.device, progress: Progress | None) -> History:
     output = Path(config.output)
     _check_output(output, config.resume)
     tokenizer = load_tokenizer(config.data.vocabulary, config.model.checkpoint)
     recipe = RECIPES[config.task]
     torch.manual_seed(config.fit.seed)  # of the weights that start at random
     model = build_model(config.model, recipe, config.objective, tokenizer)
+    if config.fit.grad_checkpointing:
+        model.checkpoint_gradients()
     fit_config = with_epoch_length(config)
     size = model.config.vision.image_size
-    batches = ShardBatches(config.data, tokenizer, size, config.task)
-    settings = dataclasses.asdict(dataclasses.replace(config, fit=fit_config))
-    write_whole(
-        output / "train.json", lambda file: file.write(json.dumps(settings, indent=2).encode())
+    batches = ShardBatches(
+        config.data, tokenizer, size, config.task, rank=rank(), world_size=world_size()
     )
+    settings = dataclasses.asdict(dataclasses.replace(config, fit=fit_config))
+    if rank() == 0:
+        text = json.dumps(settings, indent=2)
+        write_whole(output / "train.json", lambda file: file.write(text.encode()))
     history = fit(
-        model.to(pick_device(config.device)),
+        model.to(device),
         batches,
         recipe.make_step(config.objective, fit_config),
         fit_config,
@@ -163,13 +191,19 @@ def run_training(config: TrainConfig, progress: Progress | None = None) -> Histo
         checkpoint_dir=output / "checkpoint",
         resume=config.resume,
     )
-    if batches.quarantine:
-        rows = [dataclasses.asdict(bad) for bad in batches.quarantine]
-        text = json.dumps(rows, indent=1, ensure_ascii=False)
-        write_whole(output / "quarantine.json", lambda file: file.write(text.encode()))
-    history.to_json(output / "history.json")
-    save_model(model.cpu(), output / "model", overwrite=True)
-    tokenizer.save(output / "model")
+    quarantine = [dataclasses.asdict(bad) for bad in batches.quarantine]
+    quarantine = [row for of_rank in gather_objects(quarantine) for row in of_rank]
+    weights = whole_state(model)
+    if rank() == 0:
+        if quarantine:
+            rows = json.dumps(quarantine, indent=1, ensure_ascii=False)
+            write_whole(output / "quarantine.json", lambda file: file.write(rows.encode()))
+        history.to_json(output / "history.json")
+        if weights is not None:  # the model's own parameters are shares
+            model = build(recipe.task, model.config, recipe.options(config.objective))
+            model.load_state_dict(weights)
+        save_model(model.cpu(), output / "model", overwrite=True)
+        tokenizer.save(output / "model")
     return history
 
 
@@ -238,6 +272,7 @@ def with_epoch_length(config: TrainConfig) -> FitConfig:
         _ = run.total_steps  # raises when the length is open
         return run
     samples, size = count_samples(config.data, config.task), config.data.batch_size
+    size *= world_size()
     steps = samples // size if config.data.drop_last else -(-samples // size)
     if steps < 1:
         raise DataError(
@@ -268,20 +303,25 @@ def load_tokenizer(vocabulary: str | None, checkpoint: str | None) -> BlipTokeni
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is a CUDA card where there is one. Raises ConfigError for what cannot be used."""
+    """`auto` is a CUDA card where there is one; each rank of a machine takes its own.
+
+    Raises ConfigError for what cannot be used.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device {name!r} is unknown; use cpu, cuda or auto") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r}: torch sees no CUDA card here; use cpu or auto")
+    if device.type == "cuda" and device.index is None and started_by_torchrun():
+        return torch.device("cuda", local_rank())
     return device
 
 
 def _check_output(output: Path, resume: bool) -> None:
-    if resume or not (output / "checkpoint" / LAST).exists():
+    if resume or restarted() or not Checkpoints(output / "checkpoint", keep=1).all():
         return
     raise ConfigError(
         f"{output} holds a run already: go on with it by resume=true, or choose another output"

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from rich.console import Console
 from blipfast.errors import CheckpointError, ConfigError, DataError, TrainingError
 from blipfast.train.config import FitConfig
 from blipfast.train.engine import fit
-from blipfast.train.files import load_state, save_state, write_whole
+from blipfast.train.files import write_whole
 from blipfast.train.history import History
 from blipfast.train.progress import training_progress
 
@@ -104,7 +105,7 @@ def test_resumed_equals_uninterrupted_bitwise(tmp_path, stop_after):
         assert torch.equal(value, resumed.state_dict()[name]), name
     assert (got.total, got.lr, got.steps) == (expected.total, expected.lr, expected.steps)
     assert got.seconds == sorted(got.seconds)
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    assert all(p.name.startswith("step-") for p in tmp_path.iterdir())
 
 
 def test_a_finished_run_resumes_to_its_history(tmp_path):
@@ -127,28 +128,46 @@ def test_resume_with_other_settings_names_them(tmp_path):
 
 
 def test_resume_with_another_model(tmp_path):
-    save_state(
-        tmp_path / "last.pt",
-        {
-            "model": {"w": torch.zeros(1)}, "optimizer": {}, "step": 1, "history": {},
-            "rng": {}, "config": {},
-        },
-    )  # fmt: skip
-    with pytest.raises(CheckpointError, match="of another model"):
-        run(Toy(), toy_batches(), checkpoint_dir=tmp_path, resume=True)
+    run(Toy(), toy_batches(), checkpoint_dir=tmp_path)
+    other = Toy()
+    other.body.append(torch.nn.Linear(1, 1))
+    other.body[0] = torch.nn.Linear(4, 8, bias=False)
+    with pytest.raises(CheckpointError, match="of another model") as caught:
+        run(other, toy_batches(), checkpoint_dir=tmp_path, resume=True)
+    assert "lacks model.body.4.weight" in str(caught.value)
+    assert "has model.body.0.bias" in str(caught.value)
+    wider = Toy()
+    wider.queue = torch.zeros(5)
+    with pytest.raises(CheckpointError, match=r"model.queue is \(4,\) there, \(5,\) here"):
+        run(wider, toy_batches(), checkpoint_dir=tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04broken"])
+def newest(folder: Path) -> Path:
+    return max(folder.glob("step-*"))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\xff" * 64])
 def test_a_damaged_checkpoint_is_named(tmp_path, content):
-    (tmp_path / "last.pt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"last\.pt"):
+    run(Toy(), toy_batches(), checkpoint_dir=tmp_path)
+    [tensors] = newest(tmp_path).glob("*.safetensors")
+    tensors.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"step-00000012 is damaged.*the one before it"):
+        run(Toy(), toy_batches(), checkpoint_dir=tmp_path, resume=True)
+    (newest(tmp_path) / "state.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"step-00000012 is no checkpoint"):
         run(Toy(), toy_batches(), checkpoint_dir=tmp_path, resume=True)
 
 
-def test_nothing_untrusted_is_unpickled(tmp_path):
-    torch.save({"model": Path("/")}, tmp_path / "last.pt")
-    with pytest.raises(CheckpointError, match=r"last\.pt"):
-        load_state(tmp_path / "last.pt")
+def test_nothing_is_pickled(tmp_path):
+    run(Toy(), toy_batches(), checkpoint_dir=tmp_path)
+    names = {p.name for p in newest(tmp_path).iterdir()}
+    assert all(name.endswith((".safetensors", ".json")) for name in names)
+
+
+def test_the_newest_are_kept(tmp_path):
+    config = FitConfig(**{**CONFIG.__dict__, "checkpoint_every": 1, "keep_checkpoints": 2})
+    run(Toy(), toy_batches(), config, checkpoint_dir=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000011", "step-00000012"]
 
 
 def test_nan_stops_and_names_step_loss_and_records(tmp_path):
@@ -158,7 +177,9 @@ def test_nan_stops_and_names_step_loss_and_records(tmp_path):
     assert "a nan" in str(caught.value)
     assert "r3-0, r3-1" in str(caught.value)
     assert all(p.isfinite().all() for p in model.parameters())
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["nonfinite.jsonl"]
+    entry = json.loads((tmp_path / "nonfinite.jsonl").read_text())
+    assert entry == {"step": 3, "loss": "nan", "keys": [f"r3-{i}" for i in range(5)]}
 
 
 def test_nan_skipped_leaves_no_trace():
@@ -210,34 +231,24 @@ def test_a_generator_is_enough_when_long_enough():
 
 
 def test_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
-    save_state(tmp_path / "last.pt", _state(1))
-    before = (tmp_path / "last.pt").read_bytes()
-    real = open
+    config = FitConfig(**{**CONFIG.__dict__, "checkpoint_every": 4})
+    real = os.fsync
+    synced = []
 
-    class Full(io.FileIO):
-        written = 0
+    def fsync(descriptor):
+        synced.append(descriptor)
+        if "step-00000008" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor)
 
-        def write(self, data):
-            Full.written += len(data)
-            if Full.written > 2000:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return super().write(data)
-
-    def opener(path, mode="r", *args, **kwargs):
-        return Full(path, mode) if mode == "wb" else real(path, mode, *args, **kwargs)
-
-    monkeypatch.setattr("builtins.open", opener)
-    with pytest.raises(TrainingError, match="the disk is full; the file that was there before"):
-        save_state(tmp_path / "last.pt", _state(2))
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(TrainingError, match=r"step-00000008.*: the disk is full"):
+        run(Toy(), toy_batches(), config, checkpoint_dir=tmp_path)
     monkeypatch.undo()
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
-    assert (tmp_path / "last.pt").read_bytes() == before
-    assert load_state(tmp_path / "last.pt")["step"] == 1
-
-
-def _state(step: int) -> dict:
-    model = {"w": torch.zeros(5000)}
-    return {"model": model, "optimizer": {}, "step": step, "rng": {}, "history": {}, "config": {}}
+    assert synced
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
+    resumed = run(Toy(), toy_batches(), config, checkpoint_dir=tmp_path, resume=True)
+    assert resumed.total == run(Toy(), toy_batches()).total
 
 
 def test_a_really_full_device(tmp_path):
@@ -257,8 +268,8 @@ def test_a_really_full_device(tmp_path):
 
 def test_other_write_errors_say_why(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrainingError, match="cannot write"):
-        save_state(tmp_path / "file" / "last.pt", _state(1))
+    with pytest.raises(TrainingError, match=r"cannot write .*file"):
+        run(Toy(), toy_batches(), checkpoint_dir=tmp_path / "file")
 
 
 def test_progress_given_or_not(capsys):

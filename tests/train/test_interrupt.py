@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from blipfast.train.files import load_state
+from blipfast.train.checkpoints import read_facts
 
 HERE = Path(__file__).parent
 SCRIPT = """
@@ -65,8 +65,8 @@ def test_sigint_saves_and_resumes_to_the_same_weights(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGINT or "KeyboardInterrupt" in errors
-    assert [p.name for p in cut.iterdir()] == ["last.pt"]
-    state = load_state(cut / "last.pt")
+    [saved] = cut.iterdir()
+    state = read_facts(saved)
     assert 6 <= state["step"] < 60
     assert state["history"]["steps"] == list(range(state["step"]))
     for folder in (cut, whole):
@@ -85,4 +85,4 @@ def test_two_sigints_do_not_wait(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     process.communicate(timeout=300)
     assert process.returncode != 0
-    assert [p.name for p in tmp_path.iterdir()] in ([], ["last.pt"])
+    assert len([p for p in tmp_path.iterdir() if not p.name.startswith(".")]) <= 1

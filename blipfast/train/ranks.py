@@ -1,0 +1,88 @@
+"""The ranks of a run: those that torchrun started, or this process alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from blipfast.errors import ConfigError
+from blipfast.objectives.distributed import world_size
+
+__all__ = ["gather_objects", "local_rank", "mean_of_ranks", "process_group", "rank", "world_size"]
+
+
+def rank() -> int:
+    """Number of this process among all; 0 without a process group."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def local_rank() -> int:
+    """Number of this process on its machine, as torchrun gives it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ
+
+
+def restarted() -> bool:
+    """torchrun has started these processes again after one of them ended early."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextmanager
+def process_group(
+    device: torch.device, timeout: float, *, alone_too: bool = False
+) -> Iterator[None]:
+    """Joins the other ranks for the time of the block, if torchrun started this process.
+
+    timeout: seconds after which a collective that another rank does not join fails.
+    alone_too: form a group of one as well, which FSDP needs.
+
+    A group that the caller has formed is used as it is. Raises ConfigError when torchrun started
+    more processes here than there are cards.
+    """
+    if dist.is_initialized() or not (started_by_torchrun() or alone_too):
+        yield
+        return
+    if device.type == "cuda":
+        if local_rank() >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {local_rank()} of this machine has no card: there are "
+                f"{torch.cuda.device_count()}; start as many by --nproc-per-node"
+            )
+        torch.cuda.set_device(device)
+    # Checkpoints are written in the background, by collectives of the CPU.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout)}
+    if not started_by_torchrun():
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, **options)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def mean_of_ranks(values: Tensor) -> Tensor:
+    """`values (N,)` averaged over all ranks; the same on all."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every rank, in rank order; plain data only."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
