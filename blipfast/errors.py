@@ -29,3 +29,9 @@ class ConfigError(BlipfastError, ValueError):
 
 class TrainingError(BlipfastError, RuntimeError):
     """Training cannot go on (a loss is not finite, a disk is full)."""
+
+
+class Preempted(BaseException):
+    """A run was told to end by SIGTERM, and is saved. Not an error, so no `except` takes it."""
+
+    exit_code = 75  # EX_TEMPFAIL: torchrun, or a scheduler, starts the run again

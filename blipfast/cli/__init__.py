@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from blipfast.errors import BlipfastError, ConfigError
+from blipfast.errors import BlipfastError, ConfigError, Preempted
 
 # Name -> what it is for. The module has the name of the subcommand.
 COMMANDS = {
@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"blipfast: error: {error}", file=sys.stderr)
         return 2
+    except Preempted as told:
+        print("blipfast: stopped by SIGTERM; what was done is saved", file=sys.stderr)
+        return told.exit_code
     except KeyboardInterrupt:
         if _debugging():
             raise

@@ -25,7 +25,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from blipfast.errors import CheckpointError, ConfigError, TrainingError
+from blipfast.errors import CheckpointError, ConfigError, Preempted, TrainingError
 from blipfast.train import random_state
 from blipfast.train.checkpoints import Checkpoints
 from blipfast.train.config import FitConfig
@@ -35,7 +35,7 @@ from blipfast.train.parallel import lay_out
 from blipfast.train.progress import training_progress
 from blipfast.train.ranks import gather_objects, mean_of_ranks, rank, restarted, world_size
 from blipfast.train.schedule import learning_rate_at
-from blipfast.train.stopping import Preempted, Watchdog, Wishes, heeding_signals
+from blipfast.train.stopping import Watchdog, Wishes, heeding_signals
 
 Batch = dict[str, Any]
 _REDRAW_SECONDS = 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,11 +86,15 @@ def lay_out(model: nn.Module, config: FitConfig) -> Layout:
         _same_start(model)
         return Layout(model, forward, _nothing, parameters)
     device = parameters[0].device
-    wrapped = nn.parallel.DistributedDataParallel(
+    ddp = nn.parallel.DistributedDataParallel
+    # Queues are equal on all ranks, since all features enter them. torch 2.13 renamed the switch.
+    known = inspect.signature(ddp.__init__).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    wrapped = ddp(
         forward,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # queues are equal on all ranks, since all features enter them
         gradient_as_bucket_view=True,
+        **{switch: False},
     )
     return Layout(model, wrapped, _nothing, [])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from blipfast.errors import ConfigError
+from blipfast.errors import ConfigError, TrainingError
 from blipfast.objectives.distributed import world_size
 
 __all__ = ["gather_objects", "local_rank", "mean_of_ranks", "process_group", "rank", "world_size"]
@@ -61,14 +63,51 @@ def process_group(
         torch.cuda.set_device(device)
     # Checkpoints are written in the background, by collectives of the CPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout)}
-    if not started_by_torchrun():
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, **options)
+    limit = timedelta(seconds=timeout)
+    if started_by_torchrun():
+        store, number, size = next(dist.rendezvous("env://", timeout=limit))
+        store = _fresh(store, number, size, timeout)
+    else:
+        store, number, size = dist.HashStore(), 0, 1
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=limit)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _fresh(store: dist.Store, number: int, size: int, timeout: float) -> dist.Store:
+    """A part of `store` that only the ranks of this start know.
+
+    torchrun may hand the same store to processes that it starts again, with the addresses of the
+    dead ones still in it. So rank 0 gives this start a name, and tells it to each rank under that
+    rank's own random token, which no earlier start can have used.
+    """
+    end = time.monotonic() + timeout
+    own = uuid.uuid4().hex
+    if number > 0:
+        store.set(f"blipfast/hello/{number}", own)
+        store.wait([f"blipfast/name/{own}"], timedelta(seconds=timeout))
+        name = store.get(f"blipfast/name/{own}").decode()
+        store.set(f"blipfast/joined/{name}/{number}", "")
+        return dist.PrefixStore(f"blipfast/{name}", store)
+    answered: dict[int, bytes] = {}
+    missing = set(range(1, size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"blipfast/joined/{own}/{other}"]):
+                missing.discard(other)
+            elif store.check([f"blipfast/hello/{other}"]):
+                token = store.get(f"blipfast/hello/{other}")
+                if answered.get(other) != token:  # of this start, or of an earlier one
+                    answered[other] = token
+                    store.set(f"blipfast/name/{token.decode()}", own)
+        if missing and time.monotonic() > end:
+            raise TrainingError(
+                f"ranks {sorted(missing)} have not joined within {timeout:g} s; look at their logs"
+            )
+        time.sleep(0.02)
+    return dist.PrefixStore(f"blipfast/{own}", store)
 
 
 def mean_of_ranks(values: Tensor) -> Tensor:

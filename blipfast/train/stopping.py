@@ -15,14 +15,8 @@ from types import FrameType
 
 from blipfast.train.ranks import rank, world_size
 
-EXIT_PREEMPTED = 75
-"""Exit code after SIGTERM (EX_TEMPFAIL): the run is saved, and torchrun starts it again."""
 EXIT_HUNG = 76
 """Exit code of a rank that has not finished a step in time."""
-
-
-class Preempted(BaseException):
-    """The run was told to end by SIGTERM, and is saved. Not an error, so no `except` catches it."""
 
 
 @dataclass

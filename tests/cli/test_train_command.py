@@ -15,7 +15,7 @@ from shards import VOCABULARY, captions, write
 
 import blipfast
 from blipfast.cli import main
-from blipfast.train.files import load_state
+from blipfast.train.checkpoints import read_facts
 
 
 def train(folder: Path, *more: str) -> list[str]:
@@ -78,8 +78,9 @@ def test_sigint_leaves_whole_files_and_a_run_to_resume(tmp_path):
     assert "stopped by Ctrl-C" in err
     assert "Traceback" not in err
     files = sorted(p.relative_to(tmp_path / "run") for p in (tmp_path / "run").rglob("*.*"))
-    assert [str(f) for f in files] == ["checkpoint/last.pt", "train.json"]
-    reached = load_state(tmp_path / "run/checkpoint/last.pt")["step"]
+    [saved] = (tmp_path / "run" / "checkpoint").glob("step-*")
+    assert {f.parts[0] for f in files} == {"checkpoint", "train.json"}
+    reached = read_facts(saved)["step"]
     more = ["--fit.epochs", "null", "--fit.steps", str(reached + 2), "--resume", "true"]
     assert main(train(tmp_path, *more)) == 0
     assert blipfast.load_model(tmp_path / "run" / "model") is not None
@@ -101,7 +102,7 @@ def test_full_disk_while_writing_the_model(tmp_path, monkeypatch, run):
     real = open
 
     def opener(path, mode="r", *args, **kwargs):
-        full = mode == "wb" and "last.pt" in str(path)
+        full = mode == "wb" and "state.json" in str(path)
         return Full(path, mode) if full else real(path, mode, *args, **kwargs)
 
     monkeypatch.setattr("builtins.open", opener)

@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from toy import Toy, toy_step
 
+from blipfast.errors import Preempted
 from blipfast.models.config import blip_config
 from blipfast.tasks.pretrain import BlipForPretraining
 from blipfast.train.config import FitConfig, ObjectiveConfig
@@ -26,7 +27,6 @@ from blipfast.train.engine import fit
 from blipfast.train.parallel import whole_state
 from blipfast.train.ranks import process_group, rank, world_size
 from blipfast.train.recipes import RECIPES
-from blipfast.train.stopping import EXIT_PREEMPTED, Preempted
 
 GLOBAL_BATCH = 4
 
@@ -108,7 +108,7 @@ def main(folder: Path, options: dict[str, Any]) -> int:
                 title="ranks", checkpoint_dir=folder / "checkpoint", resume=resume,
             )  # fmt: skip
         except Preempted:
-            return EXIT_PREEMPTED
+            return Preempted.exit_code
         state = whole_state(model) or model.state_dict()
         if rank() == 0:
             torch.save(state, folder / "done.pt")

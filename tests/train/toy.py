@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from blipfast.objectives.distributed import all_gather_no_grad
 
 
 @dataclass
@@ -31,7 +35,8 @@ class Toy(nn.Module):
         self.register_buffer("queue", torch.zeros(4))
 
     def forward(self, x: Tensor, y: Tensor) -> ToyOutput:
-        self.queue.copy_(0.9 * self.queue + 0.1 * x.mean(0))
+        # As features enter a queue: those of all ranks.
+        self.queue.copy_(0.9 * self.queue + 0.1 * all_gather_no_grad(x).mean(0))
         predicted = self.body(x + 0.1 * self.queue).squeeze(-1)
         return ToyOutput((predicted - y).square().mean(), 0.01 * predicted.square().mean())
 
@@ -51,3 +56,10 @@ def toy_batches(count: int = 12, bad: int | None = None) -> list[dict]:
             {"x": x, "y": x.nan_to_num().sum(1), "keys": [f"r{i}-{j}" for j in range(5)]}
         )
     return batches
+
+
+def saved_weights(checkpoints: Path) -> dict[str, Tensor]:
+    """The model's tensors in the newest checkpoint of a run of one process."""
+    [shard] = max(checkpoints.glob("step-*")).glob("*.safetensors")
+    tensors = load_file(shard).items()
+    return {name.removeprefix("model."): t for name, t in tensors if name.startswith("model.")}
