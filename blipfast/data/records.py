@@ -89,13 +89,19 @@ def record_from_members(key: str, members: Mapping[str, bytes]) -> Record:
         raise DataError(f"{len(images)} image members, expected one" if images else "no image")
     if "json" not in members:
         raise DataError("no json member")
+    body = parse_body(members["json"])
+    texts = tuple(TextEntry(entry["text"], entry["source"]) for entry in body["texts"])
+    return Record(key, members[images[0]], texts, body["width"], body["height"], dict(body["ids"]))
+
+
+def parse_body(content: bytes) -> dict[str, Any]:
+    """The texts, ids and size of a record's JSON member. Raises `DataError` with the reason."""
     try:
-        body = json.loads(members["json"].decode("utf-8"))
+        body = json.loads(content.decode("utf-8"))
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise DataError(f"json cannot be read ({error})") from error
     _check_body(body, "json")
-    texts = tuple(TextEntry(entry["text"], entry["source"]) for entry in body["texts"])
-    return Record(key, members[images[0]], texts, body["width"], body["height"], dict(body["ids"]))
+    return body
 
 
 def _check_body(body: Any, name: str) -> None:

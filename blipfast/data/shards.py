@@ -304,7 +304,7 @@ def _groups(shard: Path) -> Iterator[tuple[str, dict[str, bytes], str]]:
     key, members, reason = "", dict[str, bytes](), ""
     try:
         with tarfile.open(shard, mode="r:") as tar:
-            if not _is_complete(shard):
+            if not shard_is_complete(shard):
                 # Every record before the break is sound; say that some may be missing.
                 yield "", {}, "the shard breaks off: no end-of-archive mark"
             for info in tar:
@@ -334,7 +334,8 @@ def _groups(shard: Path) -> Iterator[tuple[str, dict[str, bytes], str]]:
         yield key, members, reason
 
 
-def _is_complete(shard: Path) -> bool:
+def shard_is_complete(shard: Path) -> bool:
+    """Whether the tar has its end-of-archive mark."""
     with open(shard, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         if size < _END_OF_TAR:

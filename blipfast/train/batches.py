@@ -1,15 +1,17 @@
 """Batches from shards: shuffled by a seed, decoded by threads, with bad records set aside.
 
 The order, the crops and the drawn texts depend on the seed, the epoch and the place in it alone,
-not on threads or timing, so that a resumed run sees what an uninterrupted one would have seen.
+not on threads, timing or the number of ranks, so that a resumed run sees what an uninterrupted one
+would have seen, and every sample of an epoch is seen once (`blipfast.data.schedule`).
 """
 
 from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,17 +22,18 @@ from blipfast.data import (
     BadRecord,
     BlipTokenizer,
     EvalTransform,
-    Record,
-    ShardReader,
     TrainTransform,
     load_image,
     pre_caption,
     pre_question,
     read_shards,
 )
+from blipfast.data.index import RecordReader, ShardIndex, index_shards
+from blipfast.data.order import EpochOrder, Source, turn_of
+from blipfast.data.schedule import Schedule, State, combine_positions
 from blipfast.errors import DataError
 from blipfast.train.config import DataConfig, TaskName
-from blipfast.train.samples import Sample, count_samples, samples_of
+from blipfast.train.samples import Sample, Units, read_sample, units_of
 
 __all__ = ["ShardBatches", "count_samples"]
 
@@ -40,27 +43,68 @@ _EARLY_STOP_AFTER = 200
 _SIDES = re.compile(r"\b(left|right)\b")
 
 
+@dataclass(frozen=True)
+class _Set:
+    """One data set: the samples of each of its shards."""
+
+    shards: list[ShardIndex]
+    units: list[Units]
+    share: int
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(units) for units in self.units]
+
+
+def _open_sets(config: DataConfig, task: TaskName) -> tuple[list[_Set], list[BadRecord]]:
+    """All data sets of a configuration, and what of them makes no sample."""
+    sets, bad = [], []
+    for pattern, weight in config.sources.items():
+        shards = index_shards(read_shards(pattern).shards, config.threads)
+        found = [units_of(shard, task, config.texts == "each") for shard in shards]
+        bad += [one for shard in shards for one in shard.bad]
+        bad += [one for _, odd in found for one in odd]
+        units = [units for units, _ in found]
+        total = sum(len(one) for one in units)
+        if not total:
+            shown = "; ".join(f"{b.key}: {b.reason}" for b in bad[:3])
+            raise DataError(f"the shards {pattern} hold no usable sample. First faults: {shown}")
+        sets.append(_Set(shards, units, max(1, round(weight * total))))
+    return sets, bad
+
+
+def count_samples(config: DataConfig, task: TaskName) -> int:
+    """Samples of one epoch, by the shards' indexes alone: no image is read.
+
+    Records whose image cannot be decoded count too. Raises DataError when no shard matches.
+    """
+    return sum(one.share for one in _open_sets(config, task)[0])
+
+
 class ShardBatches:
-    """Endless batches for a task, epoch after epoch.
+    """Endless batches for a task, epoch after epoch; for one of several ranks.
 
     A batch is a dict: `pixel_values (B, 3, size, size)` (NLVR2: `(B, 2, 3, size, size)`) float32,
     `input_ids` and `attention_mask` `(B, L)` int64 right-padded, `image_ids (B,)` int64, `keys`
-    (list of str) and `position` (where to go on after it). Captioning adds `prompt_length`; VQA
-    `answer_ids`, `answer_mask` `(A, L)`, `answers_per_question` and `weights (A,)`; NLVR2
-    `labels (B,)`.
+    (list of str) and `position` (where this rank goes on after it). Captioning adds
+    `prompt_length`; VQA `answer_ids`, `answer_mask` `(A, L)`, `answers_per_question` and
+    `weights (A,)`; NLVR2 `labels (B,)`.
 
     Args:
         config: shards, batch size, augmentation, order.
         tokenizer: of the model's vocabulary.
         image_size: of the model.
         task: what a record means, see `blipfast.train.samples`.
+        rank, world_size: which part of each epoch to take.
 
     Attributes:
-        quarantine: the records of the current epoch that were set aside, and why.
+        quarantine: the records that were set aside, each once, and why.
 
     Raises:
         DataError: no shard matches; while iterating, too many bad records, or none left.
     """
+
+    combine_positions = staticmethod(combine_positions)
 
     def __init__(
         self,
@@ -71,101 +115,112 @@ class ShardBatches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.rank, self.world_size = rank, world_size
         self.config, self.tokenizer, self.task = config, tokenizer, task
-        self.shards = read_shards(config.shards).shards
         self.augment = TrainTransform(image_size, scale=config.crop_scale, flip=config.flip)
         self.resize = EvalTransform(image_size)
-        self.quarantine: list[BadRecord] = []
         prompt = tokenizer(config.prompt, kind="raw", allow_empty=True)
         self.prompt_length = prompt.input_ids.shape[1] - 1  # [DEC] and the prompt, without [SEP]
+        self._sets, bad = _open_sets(config, task)
+        self.quarantine: list[BadRecord] = bad if rank == 0 else []
+        self._set_aside = {(one.shard, one.key) for one in bad}
+        self._reader = RecordReader()
+        even = config.even_lengths and config.shuffle_buffer > 0
+        turn = turn_of(config.batch_size, world_size, even)
+        self._schedule = Schedule(self._order, self._words, rank, turn)
+        self._check(sum(sum(one.sizes) for one in self._sets), len(bad))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.stream(None)
 
-    def stream(self, position: dict[str, int] | None) -> Iterator[dict[str, Any]]:
-        """Batches without end, from the start or after the batch that had `position`."""
-        epoch, taken = (position["epoch"], position["taken"]) if position else (0, 0)
-        while True:
-            batches = 0
-            for batch in self.epoch(epoch, taken):
-                batches += 1
-                yield batch
-            if not batches and not taken:
-                raise DataError(
-                    f"the shards {self.config.shards} do not fill one batch of "
-                    f"{self.config.batch_size}; lower data.batch_size or add data"
-                )
-            epoch, taken = epoch + 1, 0
+    def stream(self, state: State | None) -> Iterator[dict[str, Any]]:
+        """Batches without end, which go on over the end of an epoch: no sample is lost.
 
-    @staticmethod
-    def combine_positions(positions: list) -> dict:
-        return positions[0]
+        state: what `combine_positions` made of all ranks' positions, or None for the start.
+        """
+        if state is not None and "turn" in state:
+            state = combine_positions([state])
+        share = self._schedule.remaining(0, []).share_size(self._schedule.rank, self._schedule.turn)
+        if share < self.config.batch_size:
+            raise DataError(
+                f"the shards {self.config.shards} do not fill one batch of "
+                f"{self.config.batch_size} on each rank; lower data.batch_size or add data"
+            )
+        yield from self._batches(self._schedule.stream(state), state, drop_last=True)
 
-    def epoch(self, epoch: int, taken: int = 0) -> Iterator[dict[str, Any]]:
-        """The batches of one epoch after its first `taken` samples."""
-        size, good = self.config.batch_size, 0
-        self.quarantine = []
+    def epoch(self, epoch: int) -> Iterator[dict[str, Any]]:
+        """The batches of one epoch alone; the last may be smaller, unless `data.drop_last`."""
+        return self._batches(self._schedule.epoch(epoch), None, self.config.drop_last)
+
+    def _order(self, epoch: int) -> EpochOrder:
+        seed, window = self.config.seed, self.config.shuffle_buffer
+        sources = [
+            Source(one.sizes, one.share, seed + 7_919 * number, window > 0)
+            for number, one in enumerate(self._sets)
+        ]
+        return EpochOrder(sources, epoch, seed, window)
+
+    def _words(self, order: EpochOrder, position: int) -> int:
+        number, shard, sample = order[position]
+        return int(self._sets[number].units[shard].words[sample])
+
+    def _batches(
+        self, places: Iterator[tuple[int, int, int]], state: State | None, drop_last: bool
+    ) -> Iterator[dict[str, Any]]:
         ready: list[tuple[Sample, Tensor]] = []
-        last = taken
-        pool = ThreadPoolExecutor(self.config.threads, "blipfast-decode")
-        try:
-            for index, sample, future in self._decoded(epoch, taken, pool):
-                last = index + 1
-                try:
-                    ready.append((sample, future.result()))
-                    good += 1
-                except DataError as error:
-                    self.quarantine.append(BadRecord("", sample.key, str(error)))
-                    self._check(good, at_end=False)
-                    continue
-                if len(ready) == size:
-                    yield self._collate(ready, epoch, last)
-                    ready = []
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-        self._check(good, at_end=True)
-        if ready and not self.config.drop_last:
-            yield self._collate(ready, epoch, last)
+        good = bad = taken = 0
+        epoch: int | None = None
+        with ThreadPoolExecutor(self.config.threads, "blipfast-decode") as pool:
+            try:
+                for now, taken, name, future in self._decoded(places, pool):
+                    if now != epoch:
+                        self._check(good, bad)
+                        epoch, good, bad = now, 0, 0
+                    try:
+                        ready.append(future.result())
+                        good += 1
+                    except DataError as error:
+                        bad += 1
+                        self._put_aside(*name, str(error))
+                        if good + bad >= _EARLY_STOP_AFTER:
+                            self._check(good, bad)
+                        continue
+                    if len(ready) == self.config.batch_size:
+                        yield self._collate(ready, self._schedule.position(now, taken, state))
+                        ready = []
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+        self._check(good, bad)
+        if ready and not drop_last and epoch is not None:
+            yield self._collate(ready, self._schedule.position(epoch, taken, state))
 
     def _decoded(
-        self, epoch: int, taken: int, pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[int, Sample, Future[Tensor]]]:
-        """Samples in order, with their images under way a batch or two ahead."""
-        waiting: deque[tuple[int, Sample, Future[Tensor]]] = deque()
-        for index, sample in enumerate(self._shuffled(epoch)):
-            if index < taken or index % self.world_size != self.rank:
-                continue
-            waiting.append((index, sample, pool.submit(self._pixels, sample, epoch, index)))
+        self, places: Iterator[tuple[int, int, int]], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[int, int, tuple[str, str], Future[tuple[Sample, Tensor]]]]:
+        """Samples in order, a batch or two of them under way."""
+        waiting: deque[Any] = deque()
+        order: EpochOrder | None = None
+        for epoch, position, taken in places:
+            if order is None or order.epoch != epoch:
+                order = self._order(epoch)
+            number, shard, sample = order[position]
+            index, units = self._sets[number].shards[shard], self._sets[number].units[shard]
+            row, text = int(units.row[sample]), int(units.text[sample])
+            task = pool.submit(self._load, index, row, text, epoch, position)
+            waiting.append((epoch, taken, (str(index.shard), index.keys[row].decode()), task))
             if len(waiting) > 2 * self.config.batch_size:
                 yield waiting.popleft()
         yield from waiting
 
-    def _shuffled(self, epoch: int) -> Iterator[Sample]:
-        rng = np.random.default_rng([self.config.seed, epoch])
-        room = self.config.shuffle_buffer
-        order = rng.permutation(len(self.shards)) if room else range(len(self.shards))
-        reader = ShardReader([self.shards[i] for i in order], self.config.max_bad_fraction, False)
-        draw = rng if self.config.texts == "random" else None
-        buffer: list[Sample] = []
-        for sample in samples_of(self._watched(reader), self.task, self.quarantine.append, draw):
-            if len(buffer) < room:
-                buffer.append(sample)
-                continue
-            if room:
-                i = int(rng.integers(room))
-                sample, buffer[i] = buffer[i], sample
-            yield sample
-        for i in rng.permutation(len(buffer)):
-            yield buffer[i]
+    def _load(
+        self, index: ShardIndex, row: int, text: int, epoch: int, position: int
+    ) -> tuple[Sample, Tensor]:
+        """A sample and its pixels: `(3, size, size)`, or a pair's `(2, 3, size, size)`.
 
-    def _watched(self, reader: ShardReader) -> Iterable[Record]:
-        yield from reader
-        self.quarantine += reader.quarantine
-
-    def _pixels(self, sample: Sample, epoch: int, index: int) -> Tensor:
-        """`(3, size, size)`, or a pair's `(2, 3, size, size)`. Raises DataError naming the key."""
-        rng = np.random.default_rng([self.config.seed, epoch, index])
+        Raises DataError saying what is wrong with it.
+        """
+        rng = np.random.default_rng([self.config.seed, epoch, position])
+        draw = int(rng.integers(1 << 30)) if text < 0 else 0
+        sample = read_sample(self._reader, index, row, text, self.task, draw)
         images = [load_image(image, sample.key) for image in sample.images]
         if self.config.augment:
             views = [self.augment(image, sample.key, rng) for image in images]
@@ -173,7 +228,12 @@ class ShardBatches:
             views = [self.resize(image, sample.key) for image in images]
         # A text without a token sets the record aside as well.
         self.tokenizer(self._clean(sample)[len(self.config.prompt) :], kind="raw")
-        return torch.stack(views) if len(views) > 1 else views[0]
+        return sample, torch.stack(views) if len(views) > 1 else views[0]
+
+    def _put_aside(self, shard: str, key: str, reason: str) -> None:
+        if (shard, key) not in self._set_aside:
+            self._set_aside.add((shard, key))
+            self.quarantine.append(BadRecord(shard, key, reason))
 
     def _clean(self, sample: Sample) -> str:
         if self.task == "vqa":
@@ -182,14 +242,12 @@ class ShardBatches:
             text = pre_caption(sample.text, _MAX_WORDS.get(self.task, 30))
         return self.config.prompt + text
 
-    def _collate(
-        self, items: list[tuple[Sample, Tensor]], epoch: int, taken: int
-    ) -> dict[str, Any]:
+    def _collate(self, items: list[tuple[Sample, Tensor]], position: State) -> dict[str, Any]:
         samples = [sample for sample, _ in items]
         pixel_values = torch.stack([pixels for _, pixels in items])
         texts = [self._clean(sample) for sample in samples]
         if self.task == "nlvr" and self.config.augment:
-            pixel_values, texts = self._swap_sides(pixel_values, texts, epoch, taken)
+            pixel_values, texts = self._swap_sides(pixel_values, texts, position)
         tokens = self.tokenizer(texts, max_length=self.config.max_length, kind="raw")
         batch: dict[str, Any] = {
             "pixel_values": pixel_values,
@@ -197,7 +255,7 @@ class ShardBatches:
             "attention_mask": tokens.attention_mask,
             "image_ids": torch.tensor([sample.image_id for sample in samples]),
             "keys": [sample.key for sample in samples],
-            "position": {"epoch": epoch, "taken": taken},
+            "position": position,
         }
         if self.task == "caption":
             batch["prompt_length"] = self.prompt_length
@@ -213,10 +271,11 @@ class ShardBatches:
         return batch
 
     def _swap_sides(
-        self, pixel_values: Tensor, texts: list[str], epoch: int, taken: int
+        self, pixel_values: Tensor, texts: list[str], position: State
     ) -> tuple[Tensor, list[str]]:
         """Half of NLVR2's pairs change places, and "left" and "right" in their texts with them."""
-        rng = np.random.default_rng([self.config.seed, epoch, taken, 1])
+        place = [position["epoch"], position["taken"], self._schedule.rank]
+        rng = np.random.default_rng([self.config.seed, *place, 1])
         swap = rng.random(len(texts)) < 0.5
         other = {"left": "right", "right": "left"}
         texts = [
@@ -226,10 +285,10 @@ class ShardBatches:
         mask = torch.from_numpy(swap).view(-1, 1, 1, 1, 1)
         return torch.where(mask, pixel_values.flip(1), pixel_values), texts
 
-    def _check(self, good: int, at_end: bool) -> None:
-        bad = len(self.quarantine)
+    def _check(self, good: int, bad: int) -> None:
+        """Raises DataError when too many of the samples are bad."""
         seen, limit = good + bad, self.config.max_bad_fraction
-        if bad <= limit * seen or not (at_end or seen >= _EARLY_STOP_AFTER):
+        if bad <= limit * seen:
             return
         shown = "; ".join(f"{b.key}: {b.reason}" for b in self.quarantine[:3])
         raise DataError(

@@ -136,6 +136,10 @@ class DataConfig:
     """Shards of image and text, and how batches are made of them."""
 
     shards: str = described("", "folder, file or glob of .tar shards")
+    mix: dict[str, float] | None = dataclasses.field(
+        default=None,
+        metadata={"help": "several sets of shards and how often an epoch has their samples"},
+    )
     vocabulary: str | None = described(
         None, "vocab.txt of BERT uncased; by default the one beside the checkpoint"
     )
@@ -148,8 +152,13 @@ class DataConfig:
     augment: bool = described(True, "random crop, flip and RandAugment")
     crop_scale: tuple[float, float] = described((0.2, 1.0), "share of the image that a crop keeps")
     flip: bool = described(True, "mirror half of the images")
-    shuffle_buffer: int = described(2048, "samples among which one is drawn; 0 keeps the order")
-    drop_last: bool = described(True, "leave out the smaller batch at the end of an epoch")
+    shuffle_buffer: int = described(
+        100_000, "samples that are permuted together, across shards; 0 keeps the order"
+    )
+    even_lengths: bool = described(True, "batches with about the same number of tokens")
+    drop_last: bool = described(
+        True, "an epoch ends with the last whole batch; what is left comes in the next"
+    )
     threads: int = described(4, "that decode and augment images")
     seed: int = described(0, "of order and augmentation")
     max_bad_fraction: float = described(0.01, "share of unreadable records that ends the run")
@@ -160,10 +169,20 @@ class DataConfig:
                 raise ConfigError(
                     f"data.{name} is {getattr(self, name)}; it must be at least {least}"
                 )
+        if self.mix is not None and (self.shards or not self.mix):
+            raise ConfigError("give data.shards or data.mix, with at least one set, not both")
+        for pattern, weight in (self.mix or {}).items():
+            if not 0 < weight < math.inf:
+                raise ConfigError(f"data.mix gives {pattern} the weight {weight}; it must be > 0")
         if self.shuffle_buffer < 0:
             raise ConfigError(f"data.shuffle_buffer is {self.shuffle_buffer}, under 0")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"data.max_bad_fraction is {self.max_bad_fraction}, not 0 to 1")
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """Every data set and its weight."""
+        return self.mix if self.mix is not None else {self.shards: 1.0}
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def lay_out(model: nn.Module, config: FitConfig) -> Layout:
         _same_start(model)
         return Layout(model, forward, _nothing, parameters)
     device = parameters[0].device
-    ddp = nn.parallel.DistributedDataParallel
+    ddp: Any = nn.parallel.DistributedDataParallel
     # Queues are equal on all ranks, since all features enter them. torch 2.13 renamed the switch.
     known = inspect.signature(ddp.__init__).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"

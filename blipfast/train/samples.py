@@ -9,17 +9,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from blipfast.data import BadRecord, Record, read_shards
+from blipfast.data import BadRecord, Record
+from blipfast.data.index import RecordReader, ShardIndex
 from blipfast.errors import DataError
-from blipfast.train.config import DataConfig, TaskName
+from blipfast.train.config import TaskName
 
 _INT63 = (1 << 63) - 1
 GENOME_WEIGHT = 0.2  # of an answer from Visual Genome
@@ -37,31 +35,67 @@ class Sample:
     label: int | None = None
 
 
-OnBad = Callable[[BadRecord], None]
+def units_of(index: ShardIndex, task: TaskName, each_text: bool) -> tuple[Units, list[BadRecord]]:
+    """The samples of a shard for a task, without reading them, and records that make none.
 
-
-def samples_of(
-    records: Iterable[Record],
-    task: TaskName,
-    on_bad: OnBad,
-    rng: np.random.Generator | None = None,
-) -> Iterator[Sample]:
-    """Samples in the order of the records.
-
-    on_bad: told of each record that makes no sample for the task, and why. rng: draw one text of
-    each record rather than take all.
+    each_text: a caption makes a sample; otherwise an image does.
     """
+    rows = np.arange(len(index))
     if task == "nlvr":
-        yield from _pairs(records, on_bad)
-        return
-    for record in records:
-        try:
-            if task == "vqa":
-                yield _question(record)
-            else:
-                yield from _captions(record, rng)
-        except DataError as error:
-            on_bad(BadRecord("", record.key, str(error)))
+        return _pair_units(index)
+    if task == "vqa" or not each_text:
+        longest = np.maximum.reduceat(index.words, index.first_text[:-1]) if len(index) else rows
+        return Units(rows, np.full(len(rows), -1), longest), []
+    texts = index.num_texts
+    which = np.arange(len(index.words)) - np.repeat(index.first_text[:-1], texts)
+    return Units(np.repeat(rows, texts), which, index.words), []
+
+
+@dataclass(frozen=True)
+class Units:
+    """`N` samples: their records' rows in the index, their texts (-1: all, or one that is drawn)
+    and the lengths of these in words."""
+
+    row: np.ndarray
+    text: np.ndarray
+    words: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+def _pair_units(index: ShardIndex) -> tuple[Units, list[BadRecord]]:
+    """NLVR2's pairs: two records in a row with the same `ids["pair"]`."""
+    rows, bad = [], []
+    row, count = 0, len(index)
+    while row < count:
+        pair = index.pair[row]
+        if row + 1 < count and pair and pair == index.pair[row + 1]:
+            rows.append(row)
+            row += 2
+            continue
+        reason = "no record with the same ids pair follows; NLVR2 needs two in a row in one shard"
+        bad.append(BadRecord(str(index.shard), index.keys[row].decode(), reason))
+        row += 1
+    first = np.array(rows, dtype=np.int64)
+    words = index.words[index.first_text[first]] if rows else first
+    return Units(first, np.full(len(first), -1), words), bad
+
+
+def read_sample(
+    reader: RecordReader, index: ShardIndex, row: int, text: int, task: TaskName, draw: int
+) -> Sample:
+    """Reads one sample. text: -1 takes the `draw`-th of a caption's texts, modulo their number.
+
+    Raises DataError when the record makes no sample for the task.
+    """
+    record = reader.read(index, row)
+    if task == "vqa":
+        return _question(record)
+    if task == "nlvr":
+        return _pair(record, reader.read(index, row + 1))
+    chosen = record.texts[draw % len(record.texts) if text < 0 else text].text
+    return Sample(record.key, (record.image,), chosen, image_id(record))
 
 
 def image_id(record: Record) -> int:
@@ -71,12 +105,6 @@ def image_id(record: Record) -> int:
         return name & _INT63
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") & _INT63
-
-
-def _captions(record: Record, rng: np.random.Generator | None) -> Iterator[Sample]:
-    texts = record.texts if rng is None else (record.texts[int(rng.integers(len(record.texts)))],)
-    for entry in texts:
-        yield Sample(record.key, (record.image,), entry.text, image_id(record))
 
 
 def _question(record: Record) -> Sample:
@@ -94,52 +122,9 @@ def _question(record: Record) -> Sample:
     return Sample(record.key, (record.image,), questions[0], image, tuple(weighed))
 
 
-def _pairs(records: Iterable[Record], on_bad: OnBad) -> Iterator[Sample]:
-    first: Record | None = None
-    for record in records:
-        if first is None:
-            first = record
-            continue
-        pair, label = first.ids.get("pair"), first.ids.get("label")
-        if pair is None or pair != record.ids.get("pair"):
-            reason = "no record with the same ids pair follows; NLVR2 needs two in a row"
-            on_bad(BadRecord("", first.key, reason))
-            first = record
-            continue
-        if label not in (0, 1):
-            on_bad(BadRecord("", first.key, f"ids label is {label!r}; it must be 0 or 1"))
-        else:
-            images, text = (first.image, record.image), first.texts[0].text
-            yield Sample(first.key, images, text, image_id(first), label=int(label))
-        first = None
-    if first is not None:
-        on_bad(BadRecord("", first.key, "the last record has no partner; NLVR2 needs two in a row"))
-
-
-def count_samples(config: DataConfig, task: TaskName) -> int:
-    """Samples of one epoch, by the shards' JSON alone: no image is read.
-
-    Unreadable records count too, as far as they can be seen. Raises DataError when no shard
-    matches.
-    """
-    texts = records = 0
-    for shard in read_shards(config.shards).shards:
-        try:
-            with tarfile.open(shard, mode="r:") as tar:
-                for member in tar:
-                    if member.isfile() and member.name.endswith(".json"):
-                        stream = tar.extractfile(member)
-                        texts += _count_texts(stream.read() if stream is not None else b"")
-                        records += 1
-        except (tarfile.TarError, OSError):
-            continue  # the reader says what is wrong with it when its turn comes
-    if task == "nlvr":
-        return records // 2
-    return records if task == "vqa" or config.texts == "random" else texts
-
-
-def _count_texts(body: bytes) -> int:
-    try:
-        return len(json.loads(body)["texts"])
-    except (ValueError, KeyError, TypeError):
-        return 0
+def _pair(first: Record, second: Record) -> Sample:
+    label = first.ids.get("label")
+    if label not in (0, 1):
+        raise DataError(f"ids label is {label!r}; it must be 0 or 1")
+    images, text = (first.image, second.image), first.texts[0].text
+    return Sample(first.key, images, text, image_id(first), label=int(label))

@@ -54,7 +54,7 @@ def pairs(count: int) -> list[Record]:
     return [record(n, text, pair=n // 2, label=(n // 2) % 2) for n in range(2 * count)]
 
 
-def write(folder: Path, records: list[Record], max_count: int = 7) -> Path:
+def write(folder: Path, records: list[Record], max_count: int = 8) -> Path:
     with ShardWriter(folder, max_count=max_count) as writer:
         for one in records:
             writer.write(one)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,6 +102,58 @@ def test_too_many_bad_records_end_it(tmp_path):
         list(batches.epoch(0))
 
 
+def test_ranks_share_an_epoch_and_others_go_on(tmp_path):
+    """Two ranks, one with bad samples, are stopped; three go on: every sample comes once."""
+    records = captions(50)
+    for n in (3, 17, 18):
+        records[n] = record(n, [("a dog", "human")], image=picture(n)[:200])
+    config = make(tmp_path, records, max_bad_fraction=0.2, shuffle_buffer=20).config
+    seen, positions = [], []
+    for rank in range(2):
+        part = ShardBatches(config, tokenizer(), 32, "pretrain", rank, 2)
+        batches = list(itertools.islice(part.stream(None), 2))
+        seen += itertools.chain(*keys(batches))
+        positions.append(json.loads(json.dumps(batches[-1]["position"])))
+    state = json.loads(json.dumps(ShardBatches.combine_positions(positions)))
+    for rank in range(3):
+        part = ShardBatches(replace(config, batch_size=1), tokenizer(), 32, "pretrain", rank, 3)
+        for batch in part.stream(state):
+            if batch["position"]["epoch"] > 0:
+                break
+            seen += batch["keys"]
+    assert sorted(seen) == [f"r{n:03d}" for n in range(50) if n not in (3, 17, 18)]
+
+
+def test_sets_are_mixed_by_weight(tmp_path):
+    write(tmp_path / "a", captions(12))
+    write(tmp_path / "b", [record(n, [("a cat", "web")]) for n in range(100, 104)])
+    mix = {str(tmp_path / "a"): 1.0, str(tmp_path / "b"): 3.0}
+    config = DataConfig(mix=mix, batch_size=4, drop_last=False)
+    batches = ShardBatches(config, tokenizer(), 32, "pretrain")
+    assert count_samples(config, "pretrain") == 24
+    times = Counter(itertools.chain(*keys(batches.epoch(0))))
+    assert times == {
+        **{f"r{n:03d}": 1 for n in range(12)},
+        **{f"r{n:03d}": 3 for n in range(100, 104)},
+    }
+    with pytest.raises(ConfigError, match="not both"):
+        DataConfig(shards="a", mix=mix)
+    with pytest.raises(ConfigError, match="must be > 0"):
+        DataConfig(mix={"a": 0.0})
+
+
+def test_batches_are_even_in_tokens(tmp_path):
+    lengths = np.random.default_rng(0).integers(1, 20, 64)
+    records = [record(n, [("dog " * int(k), "web")]) for n, k in enumerate(lengths)]
+    even = make(tmp_path, records, augment=False)
+    plain = ShardBatches(replace(even.config, even_lengths=False), tokenizer(), 32, "pretrain")
+    spread = [
+        np.std([int(batch["attention_mask"].sum()) for batch in batches.epoch(0)])
+        for batches in (even, plain)
+    ]
+    assert spread[0] < 0.3 * spread[1]
+
+
 def test_too_few_samples_for_a_batch(tmp_path):
     with pytest.raises(DataError, match="do not fill one batch of 4"):
         next(iter(make(tmp_path, captions(3))))
@@ -166,7 +221,7 @@ def test_nlvr_pairs_change_sides_with_their_words(tmp_path):
 
 
 def test_nlvr_without_a_partner_is_set_aside(tmp_path):
-    records = pairs(5)
+    records = pairs(4)
     del records[4]
     batches = make(tmp_path, records, "nlvr", max_bad_fraction=0.5)
     list(batches.epoch(0))

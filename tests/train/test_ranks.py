@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+from shards import captions, write
+
 from blipfast.errors import Preempted
 from blipfast.train.checkpoints import read_facts
 from blipfast.train.stopping import EXIT_HUNG
@@ -149,6 +152,30 @@ def test_sigterm_saves_and_torchrun_starts_again(tmp_path):
     assert steps == list(range(60)), "a step was lost or done twice"
     assert len({pid for _, pid in lines}) == 2
     assert json.loads((folder / "history.json").read_text())["total"] == whole["total"]
+
+
+def test_killed_and_restarted_on_other_ranks_each_sample_is_seen_once(tmp_path):
+    write(tmp_path / "shards", captions(60), max_count=11)
+    options = {
+        "kind": "shards", "steps": 45, "schedule": "constant", "checkpoint_every": 3, "pause": 0.05,
+    }  # fmt: skip
+    process = start(tmp_path, 2, options)
+    logs = [tmp_path / f"keys-2-{rank}.txt" for rank in range(2)]
+    wait_for(
+        lambda: all(p.exists() and p.read_text().count("\n") > 10 for p in logs), process, tmp_path
+    )
+    os.kill(pids(tmp_path, 2)[1], signal.SIGKILL)
+    end(process, tmp_path)
+    saved = read_facts(max((tmp_path / "checkpoint").glob("step-*")))["step"]
+    assert 6 <= saved < 30
+    run(tmp_path, 3, options)
+    seen = []
+    for log in tmp_path.glob("keys-*.txt"):
+        rows = [line.split() for line in log.read_text().splitlines()]
+        # What the killed ranks did after the checkpoint is lost, and done again.
+        kept = [row for row in rows if "keys-3" in log.name or int(row[0]) < saved]
+        seen += [key for _, epoch, key in kept if epoch == "0"]
+    assert sorted(seen) == [f"r{n:03d}" for n in range(60)]
 
 
 def test_a_rank_that_hangs_is_reported_with_its_stack(tmp_path):
