@@ -1,7 +1,14 @@
 """Texts, images and shards; knows no model."""
 
-from blipfast.data.augment import RANDAUGMENT_OPS, TrainTransform
-from blipfast.data.images import IMAGE_MEAN, IMAGE_STD, EvalTransform, load_image, to_tensor
+from blipfast.data.augment import RANDAUGMENT_OPS, TrainTransform, View
+from blipfast.data.images import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    EvalTransform,
+    load_image,
+    normalise,
+    to_tensor,
+)
 from blipfast.data.shards import (
     BadRecord,
     Record,
@@ -26,7 +33,9 @@ __all__ = [
     "TextEntry",
     "TextKind",
     "TrainTransform",
+    "View",
     "load_image",
+    "normalise",
     "pre_caption",
     "pre_question",
     "read_shards",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -94,6 +95,33 @@ def crop_box(
     return left, top, left + w, top + h
 
 
+@dataclass(frozen=True)
+class View:
+    """One way of looking at an image: a crop, resized to a square, mirrored, with operations.
+
+    side: of the square in pixels. box: left, top, right, bottom of the crop in pixels.
+    operations: RandAugment's, each with its strength, whose sign mirrors geometric ones.
+    """
+
+    side: int
+    box: tuple[int, int, int, int]
+    mirrored: bool = False
+    operations: tuple[tuple[str, float], ...] = ()
+
+    def of(self, image: Image.Image) -> Image.Image:
+        """The view of an RGB image."""
+        square = image.resize((self.side, self.side), Image.Resampling.BICUBIC, box=self.box)
+        return self.finish(square)
+
+    def finish(self, square: Image.Image) -> Image.Image:
+        """What comes after the crop: mirror and operations."""
+        if self.mirrored:
+            square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        for op, strength in self.operations:
+            square = apply_op(square, op, abs(strength), 1 if strength >= 0 else -1)
+        return square
+
+
 class TrainTransform:
     """The original's training view: crop, flip, RandAugment, normalise.
 
@@ -132,20 +160,22 @@ class TrainTransform:
         self.randaugment = randaugment
         self.rng = np.random.default_rng(rng)
 
-    def augment(self, image: Image.Image, rng: np.random.Generator | None = None) -> Image.Image:
-        """The augmented square as a Pillow RGB image."""
+    def plan(self, width: int, height: int, rng: np.random.Generator | None = None) -> View:
+        """Draws how an image of a size in pixels is to be looked at."""
         rng = self.rng if rng is None else rng
-        box = crop_box(*image.size, self.scale, rng)
-        side = (self.image_size, self.image_size)
-        image = image.resize(side, Image.Resampling.BICUBIC, box=box)
-        if self.flip and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        box = crop_box(width, height, self.scale, rng)
+        mirrored = self.flip and bool(rng.random() < 0.5)
         count, strength = self.randaugment or (0, 0)
+        drawn = []
         for op in rng.choice(RANDAUGMENT_OPS, size=count):
             sign = 1 if rng.random() < 0.5 else -1
             if rng.random() < 0.5:
-                image = apply_op(image, str(op), strength, sign)
-        return image
+                drawn.append((str(op), sign * float(strength)))
+        return View(self.image_size, box, mirrored, tuple(drawn))
+
+    def augment(self, image: Image.Image, rng: np.random.Generator | None = None) -> Image.Image:
+        """The augmented square as a Pillow RGB image."""
+        return self.plan(*image.size, rng).of(image)
 
     def __call__(
         self, image: ImageSource, where: str = "", rng: np.random.Generator | None = None

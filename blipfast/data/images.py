@@ -146,10 +146,33 @@ def _scale_16_bit(pixels: np.ndarray, name: str) -> Image.Image:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """A Pillow RGB image as float32 ``(3, H, W)``, normalised by CLIP's mean and deviation."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
-    mean = torch.tensor(IMAGE_MEAN).view(3, 1, 1)
-    std = torch.tensor(IMAGE_STD).view(3, 1, 1)
-    return pixels.to(torch.float32).div_(255).sub_(mean).div_(std).contiguous()
+    return normalise(torch.from_numpy(np.array(image, dtype=np.uint8)))
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """``(..., H, W, 3)`` uint8 to float32 ``(..., 3, H, W)``, by CLIP's mean and deviation."""
+    mean = torch.tensor(IMAGE_MEAN, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(IMAGE_STD, device=pixels.device).view(3, 1, 1)
+    planes = pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
+    return planes.div_(255).sub_(mean).div_(std)
+
+
+def image_size(data: bytes, where: str = "") -> tuple[int, int, bool]:
+    """Width, height, and whether it is a plain JPEG, by the header alone.
+
+    A plain JPEG is 8-bit RGB or grey and has its end: every decoder reads it alike. Raises
+    `DataError` as `load_image` does.
+    """
+    name = where or "image"
+    image = _open(data, name)
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(name, image.size, MAX_PIXELS)
+    ended = data[-64:].rstrip(b"\0").endswith(b"\xff\xd9")
+    return (
+        image.width,
+        image.height,
+        image.format == "JPEG" and image.mode in ("RGB", "L") and ended,
+    )
 
 
 class EvalTransform:

@@ -8,9 +8,8 @@ would have seen, and every sample of an epoch is seen once (`blipfast.data.sched
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +20,21 @@ from torch import Tensor
 from blipfast.data import (
     BadRecord,
     BlipTokenizer,
-    EvalTransform,
     TrainTransform,
-    load_image,
+    View,
+    normalise,
     pre_caption,
     pre_question,
     read_shards,
 )
+from blipfast.data.ahead import ahead
+from blipfast.data.decode import DaliDecoder, Job, pick_loader, plan_job
 from blipfast.data.index import RecordReader, ShardIndex, index_shards
 from blipfast.data.order import EpochOrder, Source, turn_of
 from blipfast.data.schedule import Schedule, State, combine_positions
 from blipfast.errors import DataError
 from blipfast.train.config import DataConfig, TaskName
+from blipfast.train.loading import Loaded, Place, Results, load_by_dali, load_by_pillow
 from blipfast.train.samples import Sample, Units, read_sample, units_of
 
 __all__ = ["ShardBatches", "count_samples"]
@@ -40,6 +42,7 @@ __all__ = ["ShardBatches", "count_samples"]
 _ANSWER_LIMIT = 64  # tokens; answers are a few words long
 _MAX_WORDS: dict[str, int] = {"nlvr": 40, "vqa": 50}
 _EARLY_STOP_AFTER = 200
+_BATCHES_AHEAD = 2
 _SIDES = re.compile(r"\b(left|right)\b")
 
 
@@ -96,11 +99,13 @@ class ShardBatches:
         image_size: of the model.
         task: what a record means, see `blipfast.train.samples`.
         rank, world_size: which part of each epoch to take.
+        device: where DALI decodes; batches are on the CPU.
 
     Attributes:
         quarantine: the records that were set aside, each once, and why.
 
     Raises:
+        ConfigError: DALI is asked for and not installed.
         DataError: no shard matches; while iterating, too many bad records, or none left.
     """
 
@@ -114,10 +119,12 @@ class ShardBatches:
         task: TaskName,
         rank: int = 0,
         world_size: int = 1,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.tokenizer, self.task = config, tokenizer, task
-        self.augment = TrainTransform(image_size, scale=config.crop_scale, flip=config.flip)
-        self.resize = EvalTransform(image_size)
+        self.image_size, self.device = image_size, torch.device(device)
+        self.loader = pick_loader(config.loader, self.device)
+        self._transform = TrainTransform(image_size, scale=config.crop_scale, flip=config.flip)
         prompt = tokenizer(config.prompt, kind="raw", allow_empty=True)
         self.prompt_length = prompt.input_ids.shape[1] - 1  # [DEC] and the prompt, without [SEP]
         self._sets, bad = _open_sets(config, task)
@@ -166,38 +173,40 @@ class ShardBatches:
     def _batches(
         self, places: Iterator[tuple[int, int, int]], state: State | None, drop_last: bool
     ) -> Iterator[dict[str, Any]]:
-        ready: list[tuple[Sample, Tensor]] = []
-        good = bad = taken = 0
-        epoch: int | None = None
+        """Batches of the samples at `places`, made a little ahead of their use."""
+        return ahead(self._made(places, state, drop_last), _BATCHES_AHEAD)
+
+    def _made(
+        self, places: Iterator[tuple[int, int, int]], state: State | None, drop_last: bool
+    ) -> Iterator[dict[str, Any]]:
+        ready: list[Loaded] = []
+        good = bad = 0
+        place: Place | None = None
         with ThreadPoolExecutor(self.config.threads, "blipfast-decode") as pool:
             try:
-                for now, taken, name, future in self._decoded(places, pool):
-                    if now != epoch:
+                for now, result in self._loaded(self._located(places), pool):
+                    if place is not None and now.epoch != place.epoch:
                         self._check(good, bad)
-                        epoch, good, bad = now, 0, 0
-                    try:
-                        ready.append(future.result())
-                        good += 1
-                    except DataError as error:
+                        good, bad = 0, 0
+                    place = now
+                    if isinstance(result, DataError):
                         bad += 1
-                        self._put_aside(*name, str(error))
+                        self._put_aside(now, str(result))
                         if good + bad >= _EARLY_STOP_AFTER:
                             self._check(good, bad)
                         continue
+                    ready.append(result)
+                    good += 1
                     if len(ready) == self.config.batch_size:
-                        yield self._collate(ready, self._schedule.position(now, taken, state))
+                        yield self._collate(ready, now, state)
                         ready = []
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
         self._check(good, bad)
-        if ready and not drop_last and epoch is not None:
-            yield self._collate(ready, self._schedule.position(epoch, taken, state))
+        if ready and not drop_last and place is not None:
+            yield self._collate(ready, place, state)
 
-    def _decoded(
-        self, places: Iterator[tuple[int, int, int]], pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[int, int, tuple[str, str], Future[tuple[Sample, Tensor]]]]:
-        """Samples in order, a batch or two of them under way."""
-        waiting: deque[Any] = deque()
+    def _located(self, places: Iterator[tuple[int, int, int]]) -> Iterator[Place]:
         order: EpochOrder | None = None
         for epoch, position, taken in places:
             if order is None or order.epoch != epoch:
@@ -205,35 +214,41 @@ class ShardBatches:
             number, shard, sample = order[position]
             index, units = self._sets[number].shards[shard], self._sets[number].units[shard]
             row, text = int(units.row[sample]), int(units.text[sample])
-            task = pool.submit(self._load, index, row, text, epoch, position)
-            waiting.append((epoch, taken, (str(index.shard), index.keys[row].decode()), task))
-            if len(waiting) > 2 * self.config.batch_size:
-                yield waiting.popleft()
-        yield from waiting
+            yield Place(epoch, position, taken, index, row, text)
 
-    def _load(
-        self, index: ShardIndex, row: int, text: int, epoch: int, position: int
-    ) -> tuple[Sample, Tensor]:
-        """A sample and its pixels: `(3, size, size)`, or a pair's `(2, 3, size, size)`.
+    def _loaded(self, places: Iterator[Place], pool: ThreadPoolExecutor) -> Results:
+        batch = self.config.batch_size
+        if self.loader == "torch":
+            return load_by_pillow(places, self._read, pool, 2 * batch)
+        images = 2 * batch if self.task == "nlvr" else batch
+        side, threads = self.image_size, self.config.threads
+        decoder = DaliDecoder(side, images, threads, self.device, pool)
+        return load_by_dali(places, self._read, pool, decoder, batch)
 
-        Raises DataError saying what is wrong with it.
-        """
-        rng = np.random.default_rng([self.config.seed, epoch, position])
-        draw = int(rng.integers(1 << 30)) if text < 0 else 0
-        sample = read_sample(self._reader, index, row, text, self.task, draw)
-        images = [load_image(image, sample.key) for image in sample.images]
-        if self.config.augment:
-            views = [self.augment(image, sample.key, rng) for image in images]
-        else:
-            views = [self.resize(image, sample.key) for image in images]
+    def _read(self, place: Place) -> tuple[Sample, list[Job]]:
+        """A sample and how its images are to be looked at. Raises DataError saying what is wrong
+        with it."""
+        rng = np.random.default_rng([self.config.seed, place.epoch, place.position])
+        draw = int(rng.integers(1 << 30)) if place.text < 0 else 0
+        sample = read_sample(self._reader, place.index, place.row, place.text, self.task, draw)
         # A text without a token sets the record aside as well.
         self.tokenizer(self._clean(sample)[len(self.config.prompt) :], kind="raw")
-        return sample, torch.stack(views) if len(views) > 1 else views[0]
+        jobs = [
+            plan_job(sample.key, image, lambda width, height: self._plan(width, height, rng))
+            for image in sample.images
+        ]
+        return sample, jobs
 
-    def _put_aside(self, shard: str, key: str, reason: str) -> None:
-        if (shard, key) not in self._set_aside:
-            self._set_aside.add((shard, key))
-            self.quarantine.append(BadRecord(shard, key, reason))
+    def _plan(self, width: int, height: int, rng: np.random.Generator) -> View:
+        if self.config.augment:
+            return self._transform.plan(width, height, rng)
+        return View(self.image_size, (0, 0, width, height))
+
+    def _put_aside(self, place: Place, reason: str) -> None:
+        bad = BadRecord(str(place.index.shard), place.key, reason)
+        if (bad.shard, bad.key) not in self._set_aside:
+            self._set_aside.add((bad.shard, bad.key))
+            self.quarantine.append(bad)
 
     def _clean(self, sample: Sample) -> str:
         if self.task == "vqa":
@@ -242,12 +257,15 @@ class ShardBatches:
             text = pre_caption(sample.text, _MAX_WORDS.get(self.task, 30))
         return self.config.prompt + text
 
-    def _collate(self, items: list[tuple[Sample, Tensor]], position: State) -> dict[str, Any]:
+    def _collate(self, items: list[Loaded], last: Place, state: State | None) -> dict[str, Any]:
         samples = [sample for sample, _ in items]
-        pixel_values = torch.stack([pixels for _, pixels in items])
+        squares = np.stack([np.stack(images) for _, images in items])
+        pixel_values = normalise(
+            torch.from_numpy(squares if self.task == "nlvr" else squares[:, 0])
+        )
         texts = [self._clean(sample) for sample in samples]
         if self.task == "nlvr" and self.config.augment:
-            pixel_values, texts = self._swap_sides(pixel_values, texts, position)
+            pixel_values, texts = self._swap_sides(pixel_values, texts, last)
         tokens = self.tokenizer(texts, max_length=self.config.max_length, kind="raw")
         batch: dict[str, Any] = {
             "pixel_values": pixel_values,
@@ -255,7 +273,7 @@ class ShardBatches:
             "attention_mask": tokens.attention_mask,
             "image_ids": torch.tensor([sample.image_id for sample in samples]),
             "keys": [sample.key for sample in samples],
-            "position": position,
+            "position": self._schedule.position(last.epoch, last.taken, state),
         }
         if self.task == "caption":
             batch["prompt_length"] = self.prompt_length
@@ -271,11 +289,10 @@ class ShardBatches:
         return batch
 
     def _swap_sides(
-        self, pixel_values: Tensor, texts: list[str], position: State
+        self, pixel_values: Tensor, texts: list[str], last: Place
     ) -> tuple[Tensor, list[str]]:
         """Half of NLVR2's pairs change places, and "left" and "right" in their texts with them."""
-        place = [position["epoch"], position["taken"], self._schedule.rank]
-        rng = np.random.default_rng([self.config.seed, *place, 1])
+        rng = np.random.default_rng([self.config.seed, last.epoch, last.position, 1])
         swap = rng.random(len(texts)) < 0.5
         other = {"left": "right", "right": "left"}
         texts = [

@@ -160,6 +160,9 @@ class DataConfig:
         True, "an epoch ends with the last whole batch; what is left comes in the next"
     )
     threads: int = described(4, "that decode and augment images")
+    loader: Literal["auto", "torch", "dali"] = described(
+        "auto", "what decodes images: Pillow's threads, or NVIDIA DALI, which auto takes on CUDA"
+    )
     seed: int = described(0, "of order and augmentation")
     max_bad_fraction: float = described(0.01, "share of unreadable records that ends the run")
 

@@ -175,7 +175,13 @@ def _run_on_ranks(config: TrainConfig, device: torch.device, progress: Progress 
     fit_config = with_epoch_length(config)
     size = model.config.vision.image_size
     batches = ShardBatches(
-        config.data, tokenizer, size, config.task, rank=rank(), world_size=world_size()
+        config.data,
+        tokenizer,
+        size,
+        config.task,
+        rank=rank(),
+        world_size=world_size(),
+        device=device,
     )
     settings = dataclasses.asdict(dataclasses.replace(config, fit=fit_config))
     if rank() == 0:
