@@ -137,7 +137,8 @@ def test_odd_and_broken_images_through_both(tmp_path):
 def test_dali_goes_on_after_a_corrupt_jpeg_in_every_batch(tmp_path):
     """Such a file is a plain JPEG by its header and end, so it reaches DALI and breaks it."""
     good = jpegs(12)
-    broken = good[0][: len(good[0]) // 3] + b"\xff\xd9"
+    tables = good[0].index(b"\xff\xc4") + 5  # of Huffman's codes
+    broken = good[0][:tables] + b"\xff" * 16 + good[0][tables + 16 :]
     images = [broken if n % 4 == 1 else image for n, image in enumerate(good)]
     records = [record(n, [("a dog", "web")], image=image) for n, image in enumerate(images)]
     built: list[int] = []
