@@ -1,11 +1,11 @@
-"""The command line: `blipfast train|capfilt|evaluate|caption|match|convert|info`.
+"""The command line: `blipfast train|capfilt|evaluate|caption|match|data|convert|info`.
 
 Each subcommand is a module of its own, imported when it is called, so that `--help` does not wait
 for torch. What blipfast raises on purpose becomes one line on stderr; BLIPFAST_DEBUG=1 shows the
 trace.
 
 Exit status: 0 done; 1 done, but some inputs could not be used (they are named); 2 an error in
-words; 130 ended by Ctrl-C.
+words; 75 ended by SIGTERM and saved; 130 ended by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "retrieval recall or caption metrics on shards",
     "caption": "captions for images or folders of images",
     "match": "how well texts fit an image",
+    "data": "data sets' own files to shards, and what is in shards",
     "convert": "a checkpoint to Hugging Face's or blipfast's format",
     "info": "what was found here, and which backend each operator uses, and why",
 }

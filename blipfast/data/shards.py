@@ -92,15 +92,17 @@ class ShardWriter:
     def _temporary(self) -> Path:
         return self.directory / f".{self._final().name}.tmp"
 
-    def write(self, record: Record) -> None:
-        """Add one record; starts a new shard when this one is full."""
-        members = record_to_members(record)
+    def write(self, *records: Record) -> None:
+        """Add a record; starts a new shard when this one is full. Several lie in the same shard."""
+        members = [member for record in records for member in record_to_members(record)]
         if self._tar is not None:
             size = _padded(self._tar.offset + sum(_member_size(c) for _, c in members))
-            if len(self._keys) >= self.max_count or size > self.max_bytes:
+            if len(self._keys) + len(records) > self.max_count or size > self.max_bytes:
                 self._finish()
-        if record.key in self._keys:
-            raise DataError(f"record {record.key}: the key is already in shard {self._final()}")
+        keys = [record.key for record in records]
+        for i, key in enumerate(keys):
+            if key in self._keys or key in keys[:i]:
+                raise DataError(f"record {key}: the key is already in shard {self._final()}")
         try:
             if self._tar is None:
                 self._start()
@@ -115,8 +117,8 @@ class ShardWriter:
         except BaseException:
             self.abort()  # half a record may be in it
             raise
-        self._keys.add(record.key)
-        self.count += 1
+        self._keys.update(keys)
+        self.count += len(keys)
 
     def _start(self) -> None:
         if self._final().exists():
