@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from blipfast.errors import ConfigError
 
-TaskName = Literal["pretrain", "retrieval", "caption", "vqa", "nlvr"]
+TaskName = Literal["pretrain", "retrieval", "caption", "vqa", "nlvr", "visdial"]
 
 
 def described(default: Any, text: str) -> Any:
@@ -214,6 +214,20 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    """Where the figures of a run go, beside the progress bar and history.json."""
+
+    tensorboard: bool = described(True, "files for TensorBoard, where it is installed")
+    wandb: str | None = described(None, "project of Weights & Biases")
+    every: int = described(10, "steps between figures written")
+    profile: int = described(0, "steps to trace, from the third on, into trace.json")
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.profile < 0:
+            raise ConfigError("watch.every must be at least 1, watch.profile at least 0")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run: `blipfast train`."""
 
@@ -225,6 +239,7 @@ class TrainConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     fit: FitConfig = dataclasses.field(default_factory=FitConfig)
+    watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
 
 
 def packaged_configs() -> dict[str, Path]:

@@ -36,6 +36,7 @@ from blipfast.train.progress import training_progress
 from blipfast.train.ranks import gather_objects, mean_of_ranks, rank, restarted, world_size
 from blipfast.train.schedule import learning_rate_at
 from blipfast.train.stopping import Watchdog, Wishes, heeding_signals
+from blipfast.train.watch import StepTimer, Watch
 
 Batch = dict[str, Any]
 _REDRAW_SECONDS = 0.1
@@ -71,6 +72,8 @@ def fit(
     progress: Progress | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    watch: Watch | None = None,
+    timer: StepTimer | None = None,
 ) -> History:
     """Trains `model` in place with AdamW and returns what each step gave.
 
@@ -92,6 +95,8 @@ def fit(
         checkpoint_dir: keeps the newest checkpoints there: each epoch or `checkpoint_every` steps,
             at the end, and on Ctrl-C or SIGTERM. Each is there whole or not at all.
         resume: go on from the newest one, if there is one. A run that torchrun starts again does.
+        watch: where losses and rates go as well, on rank 0.
+        timer: measures the steps; give one that knows the model's FLOPs to see the MFU.
 
     Raises:
         TrainingError: a loss or gradient is not finite, the data end or the disk is full.
@@ -101,6 +106,7 @@ def fit(
         Preempted: on SIGTERM, after the step is finished and saved.
     """
     run = _Run(model, batches, step_fn, config, title, checkpoint_dir)
+    run.timer = timer or StepTimer()
     # Ctrl-C may cut into any line: a drawing thread could then be left waiting for a lock.
     bar = progress or training_progress(auto_refresh=False, disable=rank() > 0)
     with contextlib.ExitStack() as stack:
@@ -108,15 +114,17 @@ def fit(
         run.start(resume or restarted())
         if progress is None:
             stack.enter_context(bar)
+        if watch is not None:
+            stack.enter_context(watch)
         wishes = stack.enter_context(heeding_signals())
         watchdog = stack.enter_context(Watchdog(title, config.hang_timeout))
         task = bar.add_task(title, total=config.total_steps, completed=run.step)
         stream = run.stream() if run.left else iter(())
         stack.callback(getattr(stream, "close", lambda: None))
-        for batch in itertools.islice(stream, run.left):
+        for batch in run.timer.waiting(itertools.islice(stream, run.left)):
             asked = run.do(batch, wishes)
             watchdog.alive(run.step)
-            run.report(bar, task)
+            run.report(bar, task, watch)
             if asked.interrupted or asked.preempted:
                 run.save()
                 run.close()
@@ -155,6 +163,7 @@ class _Run:
         self.position: Any = None  # of this rank in its data
         self.found: Any = None  # that of all ranks, in a checkpoint
         self.clock = self.drawn = time.perf_counter()
+        self.timer = StepTimer()
 
     @property
     def left(self) -> int:
@@ -215,6 +224,7 @@ class _Run:
         else:
             self._skip_or_stop(batch, total, losses, grad_norm, before)
         self.optimizer.zero_grad(set_to_none=True)
+        self.timer.done(_samples(moved) * world_size())
         self.step += 1
         self.position = batch.get("position")
         return Wishes(*(value > 0 for value in values[len(parts) :]))
@@ -257,12 +267,14 @@ class _Run:
     def _buffers(self) -> dict[str, Tensor]:
         return {name: buffer.clone() for name, buffer in self.model.named_buffers()}
 
-    def report(self, bar: Progress, task: Any) -> None:
-        history = self.history
+    def report(self, bar: Progress, task: Any, watch: Watch | None) -> None:
+        history, rates = self.history, self.timer.rates()
         losses = "  ".join(f"{name} {history.mean(name, 20):.3f}" for name in history.losses)
         if history.skipped:
             losses += f"  left out {len(history.skipped)}"
-        rate = f"{history.samples_per_second:.1f} samples/s"
+        rate = f"{rates.samples:.1f} samples/s  data {rates.data_wait:.0%}"
+        if rates.mfu is not None:
+            rate += f"  MFU {rates.mfu:.0%}"
         bar.update(task, completed=self.step, losses=losses, rate=rate)
         if not bar.live.auto_refresh and time.perf_counter() - self.drawn > _REDRAW_SECONDS:
             bar.refresh()
@@ -274,6 +286,10 @@ class _Run:
                 f"{self.title}  step {self.step}/{self.total}  {losses}  lr {lr:.2e}  {rate}",
                 highlight=False, soft_wrap=True,
             )  # fmt: skip
+        if watch is not None:
+            watch.step()
+            if history.steps and (self.step % watch.config.every == 0 or self.step == self.total):
+                watch.log(self.step, {**history.last(), **rates.named()})
 
     def save(self) -> None:
         """Starts to write a checkpoint; `close` waits for it."""

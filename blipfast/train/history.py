@@ -44,6 +44,12 @@ class History:
         self.seconds.append(seconds)
         self.samples.append(samples)
 
+    def last(self) -> dict[str, float]:
+        """The last step's losses, learning rate and gradient norm, by names for a logger."""
+        named = {f"loss/{name}": values[-1] for name, values in self.losses.items()}
+        named |= {"loss/total": self.total[-1], "optimizer/lr": self.lr[-1]}
+        return named | {"optimizer/grad_norm": self.grad_norm[-1]}
+
     @property
     def samples_per_second(self) -> float:
         """Of all steps but the first, which pays for start-up; 0 before there are two."""

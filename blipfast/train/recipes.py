@@ -33,6 +33,7 @@ from blipfast.train.checkpoints import Checkpoints
 from blipfast.train.config import FitConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from blipfast.train.engine import Batch, StepFn, StepOutput, fit
 from blipfast.train.files import write_whole
+from blipfast.train.flops import peak_flops, sample_flops
 from blipfast.train.history import History
 from blipfast.train.parallel import whole_state
 from blipfast.train.ranks import (
@@ -44,6 +45,7 @@ from blipfast.train.ranks import (
     started_by_torchrun,
     world_size,
 )
+from blipfast.train.watch import StepTimer, Watch
 
 Options = Callable[[ObjectiveConfig], dict[str, Any]]
 
@@ -196,6 +198,8 @@ def _run_on_ranks(config: TrainConfig, device: torch.device, progress: Progress 
         progress=progress,
         checkpoint_dir=output / "checkpoint",
         resume=config.resume,
+        watch=Watch(config.watch, output, settings) if rank() == 0 else None,
+        timer=_timer(config, model, device),
     )
     quarantine = [dataclasses.asdict(bad) for bad in batches.quarantine]
     quarantine = [row for of_rank in gather_objects(quarantine) for row in of_rank]
@@ -211,6 +215,14 @@ def _run_on_ranks(config: TrainConfig, device: torch.device, progress: Progress 
         save_model(model.cpu(), output / "model", overwrite=True)
         tokenizer.save(output / "model")
     return history
+
+
+def _timer(config: TrainConfig, model: Blip, device: torch.device) -> StepTimer:
+    """One that knows how much arithmetic a sample is, and what the hardware of all ranks can do."""
+    batch = config.data.batch_size * world_size()
+    flops = sample_flops(model.config, config.task, config.objective, batch=batch)
+    peak = peak_flops(device, config.fit.precision != "fp32")
+    return StepTimer(flops, None if peak is None else peak * world_size())
 
 
 def build_model(

@@ -79,7 +79,7 @@ def test_sigint_leaves_whole_files_and_a_run_to_resume(tmp_path):
     assert "Traceback" not in err
     files = sorted(p.relative_to(tmp_path / "run") for p in (tmp_path / "run").rglob("*.*"))
     [saved] = (tmp_path / "run" / "checkpoint").glob("step-*")
-    assert {f.parts[0] for f in files} == {"checkpoint", "train.json"}
+    assert {f.parts[0] for f in files} == {"checkpoint", "tensorboard", "train.json"}
     reached = read_facts(saved)["step"]
     more = ["--fit.epochs", "null", "--fit.steps", str(reached + 2), "--resume", "true"]
     assert main(train(tmp_path, *more)) == 0
