@@ -90,7 +90,8 @@ class ShardBatches:
     A batch is a dict: `pixel_values (B, 3, size, size)` (NLVR2: `(B, 2, 3, size, size)`) float32,
     `input_ids` and `attention_mask` `(B, L)` int64 right-padded, `image_ids (B,)` int64, `keys`
     (list of str) and `position` (where this rank goes on after it). Captioning adds
-    `prompt_length`; VQA `answer_ids`, `answer_mask` `(A, L)`, `answers_per_question` and
+    `prompt_length`; VisDial `dialogue_ids`, `dialogue_mask` `(2B, L)`, `image_index (2B,)` and
+    `labels (2B,)`; VQA `answer_ids`, `answer_mask` `(A, L)`, `answers_per_question` and
     `weights (A,)`; NLVR2 `labels (B,)`.
 
     Args:
@@ -279,6 +280,8 @@ class ShardBatches:
             batch["prompt_length"] = self.prompt_length
         elif self.task == "nlvr":
             batch["labels"] = torch.tensor([sample.label for sample in samples])
+        elif self.task == "visdial":
+            batch |= self._dialogues(samples)
         elif self.task == "vqa":
             flat = [answer for sample in samples for answer in sample.answers]
             words = [answer for answer, _ in flat]
@@ -287,6 +290,31 @@ class ShardBatches:
             batch["answers_per_question"] = [len(sample.answers) for sample in samples]
             batch["weights"] = torch.tensor([weight for _, weight in flat])
         return batch
+
+    def _dialogues(self, samples: list[Sample]) -> dict[str, Any]:
+        """History, question and a right or wrong answer as one text, for each sample two."""
+        texts, labels = [], []
+        for sample in samples:
+            for answer, weight in sample.answers:
+                turns = [pre_question(text) for text in (*sample.history, answer)]
+                texts.append(self._latest(turns))
+                labels.append(int(weight))
+        limit = self.config.max_dialogue_length
+        tokens = self.tokenizer(texts, limit, kind="raw", allow_empty=True)
+        return {
+            "dialogue_ids": tokens.input_ids,
+            "dialogue_mask": tokens.attention_mask,
+            "image_index": torch.arange(len(samples)).repeat_interleave(2),
+            "labels": torch.tensor(labels),
+        }
+
+    def _latest(self, turns: list[str]) -> str:
+        """The last turns that fit: what is said last matters, and a tokenizer cuts the end."""
+        lengths = (self.tokenizer(turns, kind="raw", allow_empty=True).lengths - 2).tolist()
+        room = self.config.max_dialogue_length - 2
+        while len(turns) > 2 and sum(lengths) > room:
+            turns, lengths = turns[1:], lengths[1:]
+        return " ".join(turns)
 
     def _swap_sides(
         self, pixel_values: Tensor, texts: list[str], last: Place

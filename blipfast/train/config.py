@@ -145,6 +145,9 @@ class DataConfig:
     )
     batch_size: int = described(32, "images a step")
     max_length: int = described(30, "token limit of a text")
+    max_dialogue_length: int = described(
+        200, "token limit of a dialogue, of which the beginning is left out"
+    )
     prompt: str = described("", "put before every caption and not learnt, as 'a picture of '")
     texts: Literal["each", "random"] = described(
         "each", "an image with several texts: one sample for each, or one drawn each epoch"
@@ -167,7 +170,12 @@ class DataConfig:
     max_bad_fraction: float = described(0.01, "share of unreadable records that ends the run")
 
     def __post_init__(self) -> None:
-        for name, least in {"batch_size": 1, "max_length": 3, "threads": 1}.items():
+        for name, least in {
+            "batch_size": 1,
+            "max_length": 3,
+            "max_dialogue_length": 3,
+            "threads": 1,
+        }.items():
             if getattr(self, name) < least:
                 raise ConfigError(
                     f"data.{name} is {getattr(self, name)}; it must be at least {least}"

@@ -24,7 +24,7 @@ from blipfast.checkpoints import (
 from blipfast.checkpoints.load import build
 from blipfast.data import BlipTokenizer
 from blipfast.errors import ConfigError, DataError
-from blipfast.models.blip import Blip
+from blipfast.models.blip import Blip, PackedText
 from blipfast.models.config import BlipConfig, blip_config
 from blipfast.objectives.itc import alpha_at
 from blipfast.tasks.in_parts import backward_in_parts
@@ -126,6 +126,21 @@ def _nlvr_step(objective: ObjectiveConfig, config: FitConfig) -> StepFn:
     return step
 
 
+def _visdial_step(objective: ObjectiveConfig, config: FitConfig) -> StepFn:
+    """ITM of a right and a wrong answer to a question in its dialogue."""
+
+    def step(model: Any, batch: Batch, step: int, epoch: float) -> StepOutput:
+        return model(
+            batch["pixel_values"],
+            PackedText.from_padded(batch["input_ids"], batch["attention_mask"]),
+            PackedText.from_padded(batch["dialogue_ids"], batch["dialogue_mask"]),
+            image_index=batch["image_index"].tolist(),
+            labels=batch["labels"],
+        )
+
+    return step
+
+
 def _picked(*names: str, **more: Any) -> Options:
     return lambda objective: {**{n: getattr(objective, n) for n in names}, **more}
 
@@ -146,6 +161,7 @@ RECIPES: dict[str, Recipe] = {
     "caption": Recipe("caption", _picked("label_smoothing"), _caption_step),
     "vqa": Recipe("vqa", _picked("label_smoothing"), _vqa_step),
     "nlvr": Recipe("nlvr", _picked(), _nlvr_step),
+    "visdial": Recipe("visdial", _picked(), _visdial_step),
 }
 
 

@@ -3,6 +3,8 @@
 - pre-training, retrieval, captioning: one sample for each text, or for one drawn text.
 - VQA: one text with source "question", and answers with source "answer" (one entry per annotator)
   or "genome_answer" (Visual Genome's, which weigh 0.2).
+- VisDial: one round of a dialogue, drawn anew each epoch: texts with source "caption", "question"
+  and "answer" in order, "option-N" for the candidates of round N; `ids["gt-N"]` is the right one.
 - NLVR2: two records in a row with the same `ids["pair"]`; `ids["label"]` is 1 for true.
 """
 
@@ -25,7 +27,11 @@ GENOME_WEIGHT = 0.2  # of an answer from Visual Genome
 
 @dataclass(frozen=True)
 class Sample:
-    """One image (or two, for NLVR2), one text and what is to be learnt of them."""
+    """One image (or two, for NLVR2), one text and what is to be learnt of them.
+
+    answers: with their weights; of VisDial the right one (1) and a wrong one (0) to the last entry
+    of `history`, which has questions and answers in turn. Its text is the caption.
+    """
 
     key: str
     images: tuple[bytes, ...]
@@ -33,6 +39,7 @@ class Sample:
     image_id: int
     answers: tuple[tuple[str, float], ...] = ()
     label: int | None = None
+    history: tuple[str, ...] = ()
 
 
 def units_of(index: ShardIndex, task: TaskName, each_text: bool) -> tuple[Units, list[BadRecord]]:
@@ -43,7 +50,7 @@ def units_of(index: ShardIndex, task: TaskName, each_text: bool) -> tuple[Units,
     rows = np.arange(len(index))
     if task == "nlvr":
         return _pair_units(index)
-    if task == "vqa" or not each_text:
+    if task in ("vqa", "visdial") or not each_text:
         longest = np.maximum.reduceat(index.words, index.first_text[:-1]) if len(index) else rows
         return Units(rows, np.full(len(rows), -1), longest), []
     texts = index.num_texts
@@ -87,6 +94,8 @@ def read_sample(
 ) -> Sample:
     """Reads one sample. text: -1 takes the `draw`-th of a caption's texts, modulo their number.
 
+    draw: of VisDial it chooses the round and the wrong answer.
+
     Raises DataError when the record makes no sample for the task.
     """
     record = reader.read(index, row)
@@ -94,6 +103,8 @@ def read_sample(
         return _question(record)
     if task == "nlvr":
         return _pair(record, reader.read(index, row + 1))
+    if task == "visdial":
+        return _dialogue(record, draw)
     chosen = record.texts[draw % len(record.texts) if text < 0 else text].text
     return Sample(record.key, (record.image,), chosen, image_id(record))
 
@@ -120,6 +131,34 @@ def _question(record: Record) -> Sample:
     weighed += [(text, GENOME_WEIGHT) for text in sorted(genome - set(answers))]
     image = image_id(record)
     return Sample(record.key, (record.image,), questions[0], image, tuple(weighed))
+
+
+def _dialogue(record: Record, draw: int) -> Sample:
+    by_source: dict[str, list[str]] = {}
+    for entry in record.texts:
+        by_source.setdefault(entry.source, []).append(entry.text)
+    captions, questions = by_source.get("caption", []), by_source.get("question", [])
+    answers = by_source.get("answer", [])
+    rounds = [
+        n
+        for n in range(1, min(len(questions), len(answers)) + 1)
+        if set(by_source.get(f"option-{n}", ())) - {answers[n - 1]}
+    ]
+    if len(captions) != 1 or not rounds:
+        raise DataError(
+            f"it has {len(captions)} texts with source caption and {len(rounds)} rounds with a "
+            "question, its answer and another option; VisDial needs one caption and such a round"
+        )
+    draw, which = divmod(draw, len(rounds))
+    number = rounds[which]
+    right = answers[number - 1]
+    wrong = sorted(set(by_source[f"option-{number}"]) - {right})
+    turns = [text for pair in zip(questions, answers, strict=False) for text in pair]
+    return Sample(
+        record.key, (record.image,), captions[0], image_id(record),
+        answers=((right, 1.0), (wrong[draw % len(wrong)], 0.0)),
+        history=(*turns[: 2 * number - 2], questions[number - 1]),
+    )  # fmt: skip
 
 
 def _pair(first: Record, second: Record) -> Sample:

@@ -49,6 +49,19 @@ def questions(count: int) -> list[Record]:
     ]
 
 
+def dialogues(count: int, rounds: int = 3) -> list[Record]:
+    def turns() -> list[tuple[str, str]]:
+        texts = [("a dog in the snow", "caption")]
+        for n in range(1, rounds + 1):
+            texts += [(f"is it dog {n}", "question"), (f"yes {n}", "answer")]
+            texts += [(f"yes {n}", f"option-{n}"), ("no", f"option-{n}"), ("red", f"option-{n}")]
+        return texts
+
+    return [
+        record(n, turns(), **{f"gt-{i}": 0 for i in range(1, rounds + 1)}) for n in range(count)
+    ]
+
+
 def pairs(count: int) -> list[Record]:
     text = [("the left dog is red", "human")]
     return [record(n, text, pair=n // 2, label=(n // 2) % 2) for n in range(2 * count)]

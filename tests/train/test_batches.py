@@ -19,7 +19,7 @@ from blipfast.train.batches import ShardBatches, count_samples
 from blipfast.train.config import DataConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
-from shards import captions, pairs, picture, questions, record, tokenizer, write
+from shards import captions, dialogues, pairs, picture, questions, record, tokenizer, write
 
 
 def make(folder, records, task="pretrain", **values):
@@ -200,6 +200,44 @@ def test_vqa_without_an_answer_is_set_aside(tmp_path):
     list(batches.epoch(0))
     assert [bad.key for bad in batches.quarantine] == ["r009"]
     assert "at least one answer" in batches.quarantine[0].reason
+
+
+def test_visdial_draws_a_round_with_a_wrong_answer(tmp_path):
+    batches = make(tmp_path, dialogues(4), "visdial", shuffle_buffer=0, augment=False)
+    seen = set()
+    for epoch in range(6):
+        batch = next(batches.epoch(epoch))
+        assert tokenizer().decode(batch["input_ids"][0]) == "a dog in the snow"
+        assert batch["image_index"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert batch["labels"].tolist() == [1, 0] * 4
+        texts = [tokenizer().decode(row) for row in batch["dialogue_ids"]]
+        for right, wrong in zip(texts[0::2], texts[1::2], strict=True):
+            number = int(right.rpartition("dog ")[2][0])
+            assert right.endswith(f"is it dog {number} yes {number}")
+            assert wrong.endswith((f"is it dog {number} no", f"is it dog {number} red"))
+            history = " ".join(f"is it dog {n} yes {n}" for n in range(1, number))
+            assert right.startswith(history)
+            seen.add(wrong)
+    assert len(seen) == 6, "all rounds and wrong answers are drawn"
+
+
+def test_a_long_dialogue_loses_its_beginning(tmp_path):
+    batches = make(
+        tmp_path, dialogues(4, rounds=9), "visdial", max_dialogue_length=16, augment=False
+    )
+    for epoch in range(4):
+        batch = next(batches.epoch(epoch))
+        assert batch["dialogue_ids"].shape[1] <= 16
+        for row in batch["dialogue_ids"][0::2]:
+            assert " yes " in tokenizer().decode(row)
+
+
+def test_a_dialogue_without_options_is_set_aside(tmp_path):
+    odd = record(9, [("a dog", "caption"), ("is it", "question"), ("yes", "answer")])
+    batches = make(tmp_path, [*dialogues(4), odd], "visdial", max_bad_fraction=0.5)
+    list(batches.epoch(0))
+    assert [bad.key for bad in batches.quarantine] == ["r009"]
+    assert "another option" in batches.quarantine[0].reason
 
 
 def test_nlvr_pairs_change_sides_with_their_words(tmp_path):

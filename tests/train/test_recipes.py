@@ -18,10 +18,23 @@ from blipfast.train.history import History
 from blipfast.train.recipes import RECIPES, build_model, load_tokenizer, pick_device, run_training
 
 sys.path.insert(0, str(Path(__file__).parent))
-from shards import VOCABULARY, captions, pairs, picture, questions, record, tokenizer, write
+from shards import (
+    VOCABULARY,
+    captions,
+    dialogues,
+    pairs,
+    picture,
+    questions,
+    record,
+    tokenizer,
+    write,
+)
 from toy import saved_weights
 
-RECORDS = {"pretrain": captions, "retrieval": captions, "caption": captions, "vqa": questions}
+RECORDS = {
+    "pretrain": captions, "retrieval": captions, "caption": captions, "vqa": questions,
+    "visdial": dialogues,
+}  # fmt: skip
 TINY = """--model.preset blip_tiny --model.image_size 32 --data.batch_size 4 --data.threads 2
     --objective.queue_size 24 --fit.steps 2""".split()  # noqa: SIM905 - as on a command line
 
@@ -37,7 +50,8 @@ def tiny(name: str, folder: Path, *overrides: str) -> TrainConfig:
     records = pairs(8) if task == "nlvr" else RECORDS[task](8)
     shards = write(folder / "shards", records) if not (folder / "shards").exists() else None
     return read(
-        name, *TINY, "--data.shards", str(shards or folder / "shards"), "--data.vocabulary",
+        name, *TINY, "--data.mix", "null", "--data.shards", str(shards or folder / "shards"),
+        "--data.max_dialogue_length", "40", "--data.vocabulary",
         str(VOCABULARY), "--output", str(folder / "run"), *overrides,
     )  # fmt: skip
 
@@ -51,6 +65,17 @@ TABLE = {
     "caption_coco": ("caption", "blip_base", 384, 32, 1e-5, "cosine", 5),
     "vqa": ("vqa", "blip_base", 480, 16, 2e-5, "cosine", 10),
     "nlvr": ("nlvr", "blip_base", 384, 16, 3e-5, "cosine", 15),
+    # The paper's.
+    "pretrain_14m": ("pretrain", "blip_base", 224, 90, 3e-4, "step", 20),
+    "pretrain_129m": ("pretrain", "blip_base", 224, 90, 3e-4, "step", 20),
+    "pretrain_large_129m": ("pretrain", "blip_large", 224, 75, 2e-4, "step", 20),
+    "capfilt_captioner": ("caption", "blip_base", 384, 32, 1e-5, "cosine", 5),
+    "capfilt_captioner_large": ("caption", "blip_large", 384, 16, 2e-6, "cosine", 5),
+    "capfilt_filter": ("retrieval", "blip_base", 384, 32, 1e-5, "cosine", 6),
+    "capfilt_filter_large": ("retrieval", "blip_large", 384, 16, 5e-6, "cosine", 6),
+    "retrieval_coco_large": ("retrieval", "blip_large", 384, 16, 5e-6, "cosine", 6),
+    "caption_coco_large": ("caption", "blip_large", 384, 16, 2e-6, "cosine", 5),
+    "visdial": ("visdial", "blip_base", 384, 16, 2e-5, "cosine", 10),
 }
 
 
@@ -82,6 +107,11 @@ def test_details_of_the_recipes():
     assert coco.objective.alpha_ramp_epochs == flickr.objective.alpha_ramp_epochs == 1
     assert coco.objective.negatives_from_all_ranks
     assert not flickr.objective.negatives_from_all_ranks
+    for name, images in (("pretrain_14m", 5), ("pretrain_129m", 6), ("pretrain_large_129m", 6)):
+        paper = read(name)
+        assert (paper.fit.decay, len(paper.data.sources)) == (0.85, images)
+    assert read("pretrain_129m").data.sources["shards/laion"] == 0.2
+    assert not read("visdial").data.flip
     caption = read("caption_coco")
     assert (caption.data.prompt, caption.data.max_length) == ("a picture of ", 40)
     assert read("vqa").model.drop_path_rate == read("nlvr").model.drop_path_rate == 0.1
