@@ -16,6 +16,12 @@ _EXAMPLES = """\
   blipfast train --config caption_coco --data.shards coco/ --model.checkpoint model_base.pth \\
       --data.vocabulary vocab.txt --fit.learning_rate 5e-6 --fit.steps 1000
 
+  # how much memory a step needs and how long the run is, without starting it
+  blipfast train --config pretrain_14m --data.vocabulary vocab.txt --dry_run true
+
+  # eight cards of this machine; it goes on by itself when a rank dies
+  torchrun --nproc-per-node 8 --max-restarts 3 -m blipfast.cli train --config pretrain_14m ...
+
   # go on after Ctrl-C
   blipfast train --config caption_coco ... --resume true
 
@@ -36,5 +42,7 @@ def main(argv: Sequence[str]) -> int:
     from blipfast.train.recipes import run_training
 
     run_training(config)
+    if config.dry_run:
+        return 0
     print(Path(config.output) / "model")
     return 0

@@ -137,6 +137,17 @@ class ShardBatches:
         self._schedule = Schedule(self._order, self._words, rank, turn)
         self._check(sum(sum(one.sizes) for one in self._sets), len(bad))
 
+    @property
+    def samples(self) -> int:
+        """Of one epoch, over all ranks."""
+        return sum(one.share for one in self._sets)
+
+    @property
+    def mean_words(self) -> float:
+        """Of a sample's text."""
+        lengths = [units.words for one in self._sets for units in one.units]
+        return float(np.concatenate(lengths).mean())
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.stream(None)
 

@@ -243,6 +243,7 @@ class TrainConfig:
     output: str = described("runs/blip", "folder for the model, its checkpoints and the history")
     resume: bool = described(False, "go on from the last checkpoint in the output folder")
     device: str = described("auto", "cpu, cuda, or auto")
+    dry_run: bool = described(False, "print memory, arithmetic and length of the run, and end")
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)

@@ -31,6 +31,7 @@ from blipfast.tasks.in_parts import backward_in_parts
 from blipfast.train.batches import ShardBatches, count_samples
 from blipfast.train.checkpoints import Checkpoints
 from blipfast.train.config import FitConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from blipfast.train.dry_run import show_plan
 from blipfast.train.engine import Batch, StepFn, StepOutput, fit
 from blipfast.train.files import write_whole
 from blipfast.train.flops import peak_flops, sample_flops
@@ -201,6 +202,12 @@ def _run_on_ranks(config: TrainConfig, device: torch.device, progress: Progress 
         world_size=world_size(),
         device=device,
     )
+    if config.dry_run:
+        whole = dataclasses.replace(fit_config, micro_batch=None)
+        step = recipe.make_step(config.objective, whole)
+        if rank() == 0:
+            show_plan(config, fit_config, model, batches, step, device)
+        return History(config.task)
     settings = dataclasses.asdict(dataclasses.replace(config, fit=fit_config))
     if rank() == 0:
         text = json.dumps(settings, indent=2)

@@ -72,8 +72,9 @@ def test_the_right_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_empty_dali(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake(tmp_path, "nvidia-dali", "1.52.0", ["nvidia_dali/__init__.py"])
+    fake(tmp_path, "nvidia-dali", "2.2.0", ["nvidia_dali/__init__.py"])
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(environment, "_spec", lambda module: None)  # the real one may be there
     found = check(listed("nvidia-dali"))
     assert not found.usable
     assert "nvidia-dali-cuda130" in found.note

@@ -202,8 +202,8 @@ def test_killed_twenty_times_it_loses_no_more_than_since_the_last_checkpoint(tmp
         time.sleep(rng.uniform(0, 0.25))
         gone = gone | set(pids(folder, 2))
         os.kill(rng.choice(pids(folder, 2)), signal.SIGKILL)
-        for checkpoint in (folder / "checkpoint").glob("step-*"):
-            assert read_facts(checkpoint)["step"] % 2 == 0
+        newest = max((folder / "checkpoint").glob("step-*"), default=None)
+        assert newest is None or read_facts(newest)["step"] % 2 == 0
     errors = end(process, folder)
     assert process.returncode == 0, errors
     lines = [line.split() for line in (folder / "steps-0.txt").read_text().splitlines()]
