@@ -46,6 +46,7 @@ from blipfast.train.ranks import (
     started_by_torchrun,
     world_size,
 )
+from blipfast.train.slices import in_slices
 from blipfast.train.watch import StepTimer, Watch
 
 Options = Callable[[ObjectiveConfig], dict[str, Any]]
@@ -93,7 +94,7 @@ def _caption_step(objective: ObjectiveConfig, config: FitConfig) -> StepFn:
             prompt_length=batch.get("prompt_length", 0),
         )
 
-    return step
+    return in_slices(step, "caption", config.micro_batch)
 
 
 def _vqa_step(objective: ObjectiveConfig, config: FitConfig) -> StepFn:
@@ -110,7 +111,7 @@ def _vqa_step(objective: ObjectiveConfig, config: FitConfig) -> StepFn:
             weights=batch["weights"],
         )
 
-    return step
+    return in_slices(step, "vqa", config.micro_batch)
 
 
 def _nlvr_step(objective: ObjectiveConfig, config: FitConfig) -> StepFn:
@@ -124,7 +125,7 @@ def _nlvr_step(objective: ObjectiveConfig, config: FitConfig) -> StepFn:
             labels=batch["labels"],
         )
 
-    return step
+    return in_slices(step, "nlvr", config.micro_batch)
 
 
 def _visdial_step(objective: ObjectiveConfig, config: FitConfig) -> StepFn:
@@ -139,7 +140,7 @@ def _visdial_step(objective: ObjectiveConfig, config: FitConfig) -> StepFn:
             labels=batch["labels"],
         )
 
-    return step
+    return in_slices(step, "visdial", config.micro_batch)
 
 
 def _picked(*names: str, **more: Any) -> Options:
