@@ -12,6 +12,8 @@ from torch import Tensor
 
 from blipfast.data import IMAGE_MEAN, IMAGE_STD, BlipTokenizer, Record, load_image
 from blipfast.demo.scenes import DemoRecord
+from blipfast.errors import DataError
+from blipfast.objectives.distributed import rank_offset, world_size
 
 _SHIFT = 4  # pixels; crops and flips as in the paper would falsify "left" and counts
 
@@ -70,7 +72,8 @@ def normalise(pixels: Tensor) -> Tensor:
 class SceneBatches:
     """Shuffled batches for `fit`; each iteration is one epoch of whole batches.
 
-    prompt: put before each text. The draws depend on the seed and the epoch alone.
+    prompt: put before each text. The draws depend on the seed and the epoch alone; of several
+    ranks each has its part of the same batches. Raises DataError when they cannot be parted evenly.
     """
 
     def __init__(
@@ -87,6 +90,8 @@ class SceneBatches:
         self.epoch = 0
         self.text = tokenizer([prompt + text for text in samples.texts])
         self.images = torch.tensor(samples.images)
+        if self.batch_size % world_size():
+            raise DataError(f"{self.batch_size} pairs a step do not part into {world_size()} ranks")
 
     def __iter__(self) -> Iterator[dict]:
         generator = torch.Generator().manual_seed(self.seed * 1_000 + self.epoch)
@@ -97,11 +102,14 @@ class SceneBatches:
                 yield self._batch(rows, generator)
 
     def _batch(self, rows: Tensor, generator: torch.Generator) -> dict:
-        images = self.images[rows]
-        mask = self.text.attention_mask[rows]
+        share = len(rows) // world_size()
+        own = slice(rank_offset(share), rank_offset(share) + share)
+        pixels = jitter(self.samples.pixels[self.images[rows]], generator)[own]
+        rows = rows[own]
+        images, mask = self.images[rows], self.text.attention_mask[rows]
         length = int(mask.sum(1).max())
         return {
-            "pixel_values": normalise(jitter(self.samples.pixels[images], generator)),
+            "pixel_values": normalise(pixels),
             "input_ids": self.text.input_ids[rows, :length],
             "attention_mask": mask[:, :length],
             "image_ids": images,

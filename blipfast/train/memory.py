@@ -63,7 +63,7 @@ def predict_memory(
     image = _extrapolated([kept.image for kept in counted], sizes, at_once)
     rest = _extrapolated([kept.rest for kept in counted], sizes, at_once)
     largest = _extrapolated([kept.largest for kept in counted], sizes, at_once)
-    if fit.grad_checkpointing:  # one layer is computed again at a time
+    if fit.grad_checkpointing:  # one block is computed again while its gradients are formed
         largest += _one_layer(model.config, at_once)
     if fit.micro_batch is not None and fit.micro_batch < batch:
         vision = model.config.vision
@@ -167,7 +167,7 @@ def _extrapolated(values: list[int], sizes: tuple[int, int], target: int) -> int
 def _one_layer(config: BlipConfig, images: int) -> int:
     """What one block of the image encoder keeps while it is computed again, in float32."""
     vision = config.vision
-    return images * vision.num_tokens * vision.hidden_size * 4 * int(9 + 2 * vision.mlp_ratio) // 3
+    return images * vision.num_tokens * vision.hidden_size * 4 * int(9 + 2 * vision.mlp_ratio)
 
 
 def synthetic_batch(task: TaskName, config: BlipConfig, size: int, length: int) -> Batch:
