@@ -56,7 +56,25 @@ def apply_op(image: Image.Image, op: str, strength: float, sign: int = 1) -> Ima
     if op == "rotate":
         angle = sign * _ROTATE_DEGREES * part
         return image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=_GREY)
-    shear, shift = sign * _SHEAR * part, sign * _TRANSLATE_PIXELS * part
+    return image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        affine_matrix(op, sign * strength, image.width),
+        Image.Resampling.BILINEAR,
+        fillcolor=_GREY,
+    )
+
+
+def affine_matrix(op: str, strength: float, side: int) -> tuple[float, ...]:
+    """Where a geometric operation looks in the input for each output pixel: ``a, b, c, d, e, f`` of
+    ``(a x + b y + c, d x + e y + f)``. The strength's sign mirrors it. side: of the square, in
+    pixels."""
+    part = strength / _MAX_STRENGTH
+    if op == "rotate":  # about the centre; y points down
+        angle, half = -math.radians(_ROTATE_DEGREES * part), side / 2
+        cos, sin = math.cos(angle), math.sin(angle)
+        return (cos, sin, half * (1 - cos - sin), -sin, cos, half * (1 + sin - cos))
+    shear, shift = _SHEAR * part, _TRANSLATE_PIXELS * part
     matrices = {
         "shear_x": (1.0, shear, 0.0, 0.0, 1.0, 0.0),
         "shear_y": (1.0, 0.0, 0.0, shear, 1.0, 0.0),
@@ -65,13 +83,7 @@ def apply_op(image: Image.Image, op: str, strength: float, sign: int = 1) -> Ima
     }
     if op not in matrices:
         raise DataError(f"unknown augmentation {op!r}; known: {', '.join(RANDAUGMENT_OPS)}")
-    return image.transform(
-        image.size,
-        Image.Transform.AFFINE,
-        matrices[op],
-        Image.Resampling.BILINEAR,
-        fillcolor=_GREY,
-    )
+    return matrices[op]
 
 
 def crop_box(

@@ -1,7 +1,7 @@
 """From encoded images to the pixels of a batch, by Pillow or by NVIDIA DALI.
 
 Both look at an image in the same way (`augment.View`). DALI reads plain JPEGs, cropping while it
-decodes; what else there is (PNG, CMYK, 16 bits, animations) goes through Pillow, so that one set of
+decodes; on a CUDA card it also resizes, and RandAugment follows there (`device_augment`). What else there is (PNG, CMYK, 16 bits, animations) goes through Pillow, so that one set of
 rules holds. An image that cannot be decoded is an error of its own, never of the batch.
 """
 
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from blipfast.data.augment import View
+from blipfast.data.device_augment import finish_views
 from blipfast.data.images import image_size, load_image
 from blipfast.errors import ConfigError, DataError
 
@@ -87,6 +88,10 @@ class DaliDecoder:
         crops = self._run([jobs[i] for i in plain]) if plain else None
         if crops is None:  # one of them is damaged: Pillow tells which, and reads the others
             pending |= {i: self.pool.submit(by_pillow, jobs[i]) for i in plain}
+        elif isinstance(crops, torch.Tensor):  # all on the card
+            finished = finish_views(crops, [jobs[i].view for i in plain]).cpu().numpy()
+            for i, square in zip(plain, finished, strict=True):
+                results[i] = square
         else:
             pending |= {
                 i: self.pool.submit(_finished, jobs[i].view, crop)
@@ -99,10 +104,11 @@ class DaliDecoder:
                 results[i] = error
         return results
 
-    def _run(self, jobs: list[Job]) -> list[np.ndarray] | None:
-        """Crops, resized on a GPU only, or None when DALI has given up on the batch.
+    def _run(self, jobs: list[Job]) -> list[np.ndarray] | torch.Tensor | None:
+        """Crops, or None when DALI has given up on the batch.
 
-        They are valid until the next run.
+        On a GPU they are resized, ``(N, side, side, 3)``, and lie there. All are valid until the
+        next run.
         """
         if self._pipe is None:
             self._pipe = _pipeline(self.side, self.largest, self.threads, self.device)
@@ -112,8 +118,9 @@ class DaliDecoder:
             self._pipe.feed_input("start", list(boxes[:, :2]))
             self._pipe.feed_input("shape", list(boxes[:, 2:] - boxes[:, :2]))
             (out,) = self._pipe.run()
-            crops = out.as_cpu() if self.device.type == "cuda" else out
-            return [np.asarray(crops[i]) for i in range(len(jobs))]
+            if self.device.type == "cuda":
+                return torch.from_dlpack(out.as_tensor())
+            return [np.asarray(out[i]) for i in range(len(jobs))]
         except RuntimeError:  # the pipeline is of no use after an error
             self._pipe = None
             self.rebuilt += 1

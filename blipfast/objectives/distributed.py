@@ -39,31 +39,6 @@ def all_gather_no_grad(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def all_gather_with_grad(tensor: Tensor) -> Tensor:
-    """As `all_gather_no_grad`, but in the graph: a row's gradient sums all ranks' losses.
-
-    The backward pass communicates, so every rank must run it.
-    """
-    if world_size() == 1:
-        return tensor
-    gathered: Tensor = _AllGather.apply(tensor)
-    return gathered
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        ctx.rows = tensor.shape[0]
-        return all_gather_no_grad(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        first = rank_offset(ctx.rows)
-        return total[first : first + ctx.rows]
-
-
 class _Exchange(torch.autograd.Function):
     """Sends `sent[r]` rows to each rank r and receives `received[r]` from it, in rank order."""
 

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -45,6 +46,8 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike[str], keep: int) -> None:
         self.folder, self.keep = Path(folder), keep
         self._pending: Future[Any] | None = None
+        self._published = threading.Event()
+        self._failed: OSError | None = None
         self._step = -1
         # Background writes must not meet the training's collectives in one group.
         group = dist.is_initialized()
@@ -75,7 +78,8 @@ class Checkpoints:
         self._step = step
         with self._write_errors():
             if rank() == 0:
-                shutil.rmtree(self._temporary, ignore_errors=True)  # of a run that was killed
+                for left in self.folder.glob(".step-*"):  # by a run that was killed
+                    shutil.rmtree(left, ignore_errors=True)
                 self._temporary.mkdir(parents=True)
                 text = json.dumps({"format": _FORMAT, "step": step, **facts})
                 write_whole(self._temporary / _FACTS, lambda file: file.write(text.encode()))
@@ -89,7 +93,26 @@ class Checkpoints:
                     no_dist=not dist.is_initialized(),
                 )
         assert isinstance(started, Future)
-        self._pending = started
+        self._pending, self._failed = started, None
+        self._published.clear()
+        if rank() == 0:
+            started.add_done_callback(self._publish)
+
+    def _publish(self, written: Future[Any]) -> None:
+        """Gives the folder its name, once all ranks have written: rank 0 is the last to know."""
+        try:
+            if written.exception() is not None:
+                return
+            os.replace(self._temporary, self.folder / _name(self._step))
+            _sync(self.folder)
+            for old in self.all()[: -self.keep]:
+                gone = old.with_name(f".{old.name}.old")
+                os.replace(old, gone)
+                shutil.rmtree(gone, ignore_errors=True)
+        except OSError as error:
+            self._failed = error
+        finally:
+            self._published.set()
 
     def finish(self) -> None:
         """Waits until the checkpoint under way is whole. Raises TrainingError if it fails."""
@@ -99,12 +122,9 @@ class Checkpoints:
         with self._write_errors():
             pending.result()
             if rank() == 0:
-                os.replace(self._temporary, self.folder / _name(self._step))
-                _sync(self.folder)
-                for old in self.all()[: -self.keep]:
-                    gone = old.with_name(f".{old.name}.old")
-                    os.replace(old, gone)
-                    shutil.rmtree(gone, ignore_errors=True)
+                self._published.wait()
+                if self._failed is not None:
+                    raise self._failed
         self._barrier()
 
     def load(self, path: Path, tensors: dict[str, Tensor], optional: str) -> dict[str, Any]:

@@ -6,14 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from blipfast.errors import ShapeError
 from blipfast.objectives.distributed import (
     all_gather_no_grad,
-    all_gather_with_grad,
+    fetch_rows,
+    gather_texts,
+    mean_over_ranks,
     rank_offset,
     world_size,
 )
@@ -46,9 +50,12 @@ def step(rows: slice, first: int) -> dict[str, Tensor]:
         for i in (None, ids)
     ]
     memory.enqueue(keys.image, keys.text, keys.ids)
-    gathered = all_gather_with_grad(image)
-    weights = torch.arange(gathered.numel()).view_as(gathered) * (first + 1.0)
-    (sum(losses) + (gathered * weights).sum()).backward()
+    # Every rank asks for the first two rows of each rank.
+    asked = torch.tensor([0, 1, BATCH, BATCH + 1])
+    rows, places = fetch_rows(image, asked)
+    fetched = rows[places]
+    weights = torch.arange(fetched.numel()).view_as(fetched) * (first + 1.0)
+    (sum(losses) + (fetched * weights).sum()).backward()
     drawn = draw_negatives(
         image,
         text,
@@ -88,9 +95,25 @@ def test_without_a_process_group_nothing_happens() -> None:
     tensor = features(0).requires_grad_()
     assert world_size() == 1
     assert rank_offset(5) == 0
-    assert all_gather_with_grad(tensor) is tensor
     assert torch.equal(all_gather_no_grad(tensor), tensor)
     assert not all_gather_no_grad(tensor).requires_grad
+
+
+def test_alone_all_rows_are_at_hand() -> None:
+    tensor = features(0)
+    rows, places = fetch_rows(tensor, torch.tensor([2, -1, 5]))
+    assert rows is tensor
+    assert places == [2, -1, 5]
+    ids, mask = torch.ones(2, 3), torch.zeros(2, 3)
+    assert gather_texts(ids, mask) == (ids, mask)
+    for odd in (-2, RANKS * BATCH):
+        with pytest.raises(ShapeError, match="must lie between"):
+            fetch_rows(tensor, torch.tensor([odd]))
+
+
+def test_a_mean_of_nothing_is_zero() -> None:
+    assert mean_over_ranks(torch.tensor(0.0), torch.tensor(0)).item() == 0.0
+    assert mean_over_ranks(torch.tensor(6.0), torch.tensor(3)).item() == 2.0
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
@@ -112,8 +135,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     # A rank's loss is a mean over half the rows, so its gradient is twice the whole's.
     text_grad = torch.cat([part["text_grad"] for part in parts]) / 2
     torch.testing.assert_close(text_grad, whole["text_grad"])
-    # The gathered rows' gradient sums the weights of both ranks: 1 and 4 times the whole's.
-    weights = torch.arange(RANKS * BATCH * 8).view(-1, 8)
+    # The fetched rows' gradient sums the weights of both ranks: 1 and 4 times the whole's.
+    weights = torch.zeros(RANKS * BATCH, 8)
+    weights[[0, 1, BATCH, BATCH + 1]] = torch.arange(32.0).view(4, 8)
     own = torch.cat([part["image_grad"] for part in parts]) - 5 * weights
     torch.testing.assert_close(own / 2, whole["image_grad"] - weights, rtol=1e-4, atol=1e-4)
 

@@ -114,6 +114,23 @@ def odd_images() -> dict[str, bytes]:
     }
 
 
+def test_what_a_card_would_do_gives_the_same_pixels(tmp_path, monkeypatch):
+    """A card returns resized crops in one tensor; here DALI's crops are put into that form."""
+    records = [record(n, [("a dog", "web")], image=image) for n, image in enumerate(jpegs(12))]
+    pillow, dali = both(tmp_path, records)
+    real = decode.DaliDecoder._run
+
+    def as_a_card(self, jobs):
+        squares = [Image.fromarray(crop).resize((64, 64), 3) for crop in real(self, jobs)]
+        return torch.from_numpy(np.stack([np.asarray(square) for square in squares]))
+
+    monkeypatch.setattr(decode.DaliDecoder, "_run", as_a_card)
+    for ours, theirs in zip(pillow.epoch(1), dali.epoch(1), strict=True):
+        assert ours["keys"] == theirs["keys"]
+        apart = (ours["pixel_values"] - theirs["pixel_values"]).abs().flatten(1).mean(1)
+        assert (apart / LEVEL < 4).all()
+
+
 def test_odd_and_broken_images_through_both(tmp_path):
     odd = odd_images()
     records = [record(n, [("a dog", "web")], image=image) for n, image in enumerate(jpegs(12))]
