@@ -1,8 +1,9 @@
 """From encoded images to the pixels of a batch, by Pillow or by NVIDIA DALI.
 
 Both look at an image in the same way (`augment.View`). DALI reads plain JPEGs, cropping while it
-decodes; on a CUDA card it also resizes, and RandAugment follows there (`device_augment`). What else there is (PNG, CMYK, 16 bits, animations) goes through Pillow, so that one set of
-rules holds. An image that cannot be decoded is an error of its own, never of the batch.
+decodes; on a CUDA card it also resizes, and RandAugment follows there (`device_augment`). What else
+there is (PNG, CMYK, 16 bits, animations) goes through Pillow, so that one set of rules holds. An
+image that cannot be decoded is an error of its own, never of the batch.
 """
 
 from __future__ import annotations
