@@ -1,18 +1,26 @@
-"""`blipfast evaluate retrieval|caption`: metrics on shards."""
+"""`blipfast evaluate retrieval|caption|vqa|nlvr2|visdial`: metrics on shards."""
 
 from __future__ import annotations
 
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from blipfast.cli._parsing import make_parser, parse
 from blipfast.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from blipfast.data import Record
+
 _EXAMPLES = """\
   blipfast evaluate retrieval --shards coco_test/ --checkpoint runs/retrieval_coco/model --k 256
-  blipfast evaluate caption --shards coco_test/ --checkpoint runs/caption_coco/model --beams 3"""
+  blipfast evaluate caption --shards coco_test/ --checkpoint runs/caption_coco/model --beams 3
+  blipfast evaluate vqa --shards 'vqa/val-*.tar' --checkpoint runs/vqa/model \\
+      --answers answer_list.json --output results/vqa    # without --answers it generates
+  blipfast evaluate nlvr2 --shards 'nlvr2/test-*.tar' --checkpoint runs/nlvr/model
+  blipfast evaluate visdial --shards 'visdial/val-*.tar' --checkpoint runs/visdial/model"""
 _KEEP_BYTES = 2 << 30  # image tokens above that are computed again for re-ranking, block by block
 
 
@@ -22,10 +30,14 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser(
         "evaluate",
         "Retrieval: recall at 1, 5 and 10 both ways in percent, by ITC alone and re-ranked by "
-        "ITM. Caption: CIDEr of generated captions against all texts of each image.",
+        "ITM. Caption: CIDEr of generated captions against all texts of each image. VQA v2: the "
+        "official accuracy. NLVR2: accuracy and consistency. VisDial: NDCG, MRR, R@1/5/10, mean "
+        "rank. Shards as `blipfast data prepare` writes them.",
         _EXAMPLES,
     )
-    parser.add_argument("what", type=Literal["retrieval", "caption"], help="which metrics")
+    parser.add_argument(
+        "what", type=Literal["retrieval", "caption", "vqa", "nlvr2", "visdial"], help="which task"
+    )
     parser.add_argument("--shards", type=str, required=True, help="folder, file or glob of .tar")
     _inputs.add_model_options(parser)
     parser.add_argument("--k", type=int, default=256, help="candidates that ITM re-ranks")
@@ -44,6 +56,14 @@ def main(argv: Sequence[str]) -> int:
         "--max_bad_fraction", type=float, default=0.01,
         help="share of unreadable records that ends the run",
     )  # fmt: skip
+    parser.add_argument(
+        "--answers", type=str | None, default=None,
+        help="VQA: rank these, a JSON list or one a line, rather than generate",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=str | None, default=None,
+        help="folder for metrics.json and the predictions file that the official server takes",
+    )  # fmt: skip
     parser.add_argument("--json", type=str | None, default=None, help="also write the result there")
     values = parse(parser, argv)
     for name in ("k", "batch_size", "beams"):
@@ -53,26 +73,47 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(values: dict[str, Any]) -> int:
-    from blipfast.cli import _inputs
+    from blipfast.cli import _answers, _inputs
 
+    what = values["what"]
+    task = _answers.TASKS[what][0] if what in _answers.TASKS else what
     model, tokenizer, where = _inputs.load_for(
-        values["what"], values["checkpoint"], values["vocabulary"], values["device"],
-        values["image_size"],
-    )  # fmt: skip
+        task, values["checkpoint"], values["vocabulary"], values["device"], values["image_size"]
+    )
+    model.eval()
     data = _Data(values, model.config.vision.image_size)
+    files: dict[str, str] = {}
     with _inputs.autocast(where, values["precision"]):
-        task = _retrieval if values["what"] == "retrieval" else _caption
-        result = task(model, tokenizer, data, values, where)
-    result = {"images": len(data.texts), **result, "bad_records": data.bad}
+        if what in _answers.TASKS:
+            pixels = partial(_answers.stacked, transform=data.transform, where=where)
+            run = _answers.TASKS[what][1]
+            result, files = run(model, tokenizer, data.records, pixels, values)
+        else:
+            run_task = _retrieval if what == "retrieval" else _caption
+            result = run_task(model, tokenizer, data, values, where)
+    result = {"images": len(data.records), **result, "bad_records": data.bad}
     text = json.dumps(result, indent=2)
-    if values["json"] is not None:
-        from pathlib import Path
-
-        from blipfast.train.files import write_whole
-
-        write_whole(Path(values["json"]), lambda file: file.write(f"{text}\n".encode()))
+    _write(values, text, files)
     print(text)
     return 0
+
+
+def _write(values: dict[str, Any], text: str, files: dict[str, str]) -> None:
+    from pathlib import Path
+
+    from blipfast.train.files import write_whole
+
+    wanted = {} if values["json"] is None else {Path(values["json"]): text}
+    if values["output"] is not None:
+        folder = Path(values["output"])
+        wanted |= {folder / "metrics.json": text}
+        wanted |= {folder / name: content for name, content in files.items()}
+    for path, content in wanted.items():
+        write_whole(path, partial(_put, content))
+
+
+def _put(content: str, file: Any) -> None:
+    file.write(f"{content.rstrip()}\n".encode())
 
 
 class _Data:
@@ -84,25 +125,24 @@ class _Data:
         self.size = values["batch_size"]
         self.transform = EvalTransform(image_size)
         reader = read_shards(values["shards"], values["max_bad_fraction"], True)
-        self.images: list[bytes] = []
-        self.texts: list[list[str]] = []
+        self.records: list[Record] = []
         for record in reader:
-            if values["limit"] is not None and len(self.images) >= values["limit"]:
+            if values["limit"] is not None and len(self.records) >= values["limit"]:
                 break
-            self.images.append(record.image)
-            self.texts.append([entry.text for entry in record.texts])
+            self.records.append(record)
+        self.texts = [[entry.text for entry in record.texts] for record in self.records]
         self.bad = len(reader.quarantine)
-        if not self.images:
+        if not self.records:
             raise DataError(f"the shards {values['shards']} hold no usable record")
 
     def pixels(self, index: Sequence[int]) -> Any:
         import torch
 
-        return torch.stack([self.transform(self.images[i]) for i in index])
+        return torch.stack([self.transform(self.records[i].image) for i in index])
 
     def batches(self) -> Iterator[range]:
-        for start in range(0, len(self.images), self.size):
-            yield range(start, min(start + self.size, len(self.images)))
+        for start in range(0, len(self.records), self.size):
+            yield range(start, min(start + self.size, len(self.records)))
 
 
 def _retrieval(

@@ -2,7 +2,7 @@
 
 The order, the crops and the drawn texts depend on the seed, the epoch and the place in it alone,
 not on threads, timing or the number of ranks, so that a resumed run sees what an uninterrupted one
-would have seen, and every sample of an epoch is seen once (`blipfast.data.schedule`).
+would have seen, and every sample of an epoch is seen once (`blipfast.data.shares`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from blipfast.data.ahead import ahead
 from blipfast.data.decode import DaliDecoder, Job, pick_loader, plan_job
 from blipfast.data.index import RecordReader, ShardIndex, index_shards
 from blipfast.data.order import EpochOrder, Source, turn_of
-from blipfast.data.schedule import Schedule, State, combine_positions
+from blipfast.data.shares import Shares, State, combine_positions
 from blipfast.errors import DataError
 from blipfast.train.config import DataConfig, TaskName
 from blipfast.train.loading import Loaded, Place, Results, load_by_dali, load_by_pillow
@@ -134,7 +134,7 @@ class ShardBatches:
         self._reader = RecordReader()
         even = config.even_lengths and config.shuffle_buffer > 0
         turn = turn_of(config.batch_size, world_size, even)
-        self._schedule = Schedule(self._order, self._words, rank, turn)
+        self._shares = Shares(self._order, self._words, rank, turn)
         self._check(sum(sum(one.sizes) for one in self._sets), len(bad))
 
     @property
@@ -158,17 +158,17 @@ class ShardBatches:
         """
         if state is not None and "turn" in state:
             state = combine_positions([state])
-        share = self._schedule.remaining(0, []).share_size(self._schedule.rank, self._schedule.turn)
+        share = self._shares.remaining(0, []).share_size(self._shares.rank, self._shares.turn)
         if share < self.config.batch_size:
             raise DataError(
                 f"the shards {self.config.shards} do not fill one batch of "
                 f"{self.config.batch_size} on each rank; lower data.batch_size or add data"
             )
-        yield from self._batches(self._schedule.stream(state), state, drop_last=True)
+        yield from self._batches(self._shares.stream(state), state, drop_last=True)
 
     def epoch(self, epoch: int) -> Iterator[dict[str, Any]]:
         """The batches of one epoch alone; the last may be smaller, unless `data.drop_last`."""
-        return self._batches(self._schedule.epoch(epoch), None, self.config.drop_last)
+        return self._batches(self._shares.epoch(epoch), None, self.config.drop_last)
 
     def _order(self, epoch: int) -> EpochOrder:
         seed, window = self.config.seed, self.config.shuffle_buffer
@@ -285,7 +285,7 @@ class ShardBatches:
             "attention_mask": tokens.attention_mask,
             "image_ids": torch.tensor([sample.image_id for sample in samples]),
             "keys": [sample.key for sample in samples],
-            "position": self._schedule.position(last.epoch, last.taken, state),
+            "position": self._shares.position(last.epoch, last.taken, state),
         }
         if self.task == "caption":
             batch["prompt_length"] = self.prompt_length

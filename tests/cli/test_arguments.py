@@ -63,7 +63,7 @@ def test_unknown_command(run):
         (["--resume", "perhaps"], "resume: "),
         (["--fit.learning_rate", "-1"], "fit.learning_rate is -1.0; it must be"),
         (["--data.batch_size", "0"], "data.batch_size is 0"),
-        (["--config", "caption_cocoo"], "neither a file nor one of caption_coco"),
+        (["--config", "caption_cocoo"], "neither a file nor one of capfilt_captioner"),
         (["--config", "none.yaml"], "config: File does not exist"),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blipfast.data.order import EpochOrder, Source, even_lengths, turn_of
-from blipfast.data.schedule import Schedule, combine_positions
+from blipfast.data.shares import Shares, combine_positions
 from blipfast.errors import DataError
 
 SIZES = [7, 1, 12, 5, 9, 30]
@@ -27,8 +27,8 @@ def length(order: EpochOrder, position: int) -> int:
     return (17 * shard + 5 * sample) % 23
 
 
-def schedule(rank: int, ranks: int, batch: int = 2, even: bool = True) -> Schedule:
-    return Schedule(order, length, rank, turn_of(batch, ranks, even))
+def schedule(rank: int, ranks: int, batch: int = 2, even: bool = True) -> Shares:
+    return Shares(order, length, rank, turn_of(batch, ranks, even))
 
 
 @pytest.mark.parametrize("window", [0, 1, 20, 1000])
@@ -96,7 +96,7 @@ def test_cut_anywhere_each_sample_comes_once(stints, data):
     assert set(seen.values()) == {1}
 
 
-def untouched(plan: Schedule, state) -> dict:
+def untouched(plan: Shares, state) -> dict:
     """The position of a rank that has used nothing yet."""
     epoch, turns = (0, []) if state is None else (state["epoch"], state["turns"])
     taken = 0

@@ -14,7 +14,7 @@ State = dict[str, Any]
 the turns taken in it}. None is the start."""
 
 
-class Schedule:
+class Shares:
     """Hands out positions of epochs to one of several ranks, each once.
 
     order_of: the order of an epoch. length_of: of an epoch's order, the length of the text at a

@@ -1,0 +1,120 @@
+"""VQA v2 (section 5.3): the official accuracy, and answers by ranking a list or by generation.
+
+The accuracy of an answer is the mean, over the ten annotators, of min(1, a third of the others who
+gave it); answers are compared as the official scorer compares them (`normalise_answer`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blipfast.data import BlipTokenizer, pre_question
+from blipfast.errors import DataError
+from blipfast.models.blip import PackedText
+from blipfast.tasks.vqa import BlipForVQA
+
+_PUNCTUATION = list(';/[]"{}()=+\\_-><@`,?!')
+_PERIOD, _COMMA = re.compile(r"(?!<=\d)(\.)(?!\d)"), re.compile(r"(\d)(,)(\d)")
+_NUMBERS = "zero one two three four five six seven eight nine ten".split()  # noqa: SIM905
+_DIGITS = {"none": "0", **{word: str(n) for n, word in enumerate(_NUMBERS)}}
+_ARTICLES = frozenset({"a", "an", "the"})
+# What is written without its apostrophe, or with one of two.
+_SHORT = """
+    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's
+    how'd how'll how's I'm I've isn't it'd it'll ma'am mightn't might've mustn't must've
+    needn't not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's
+    someone'd someone'll someone's something'd something'll that's there'd there're there's
+    they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've
+    when's where'd where's where've who'd who'll who's who've why'll why're why's won't
+    would've wouldn't y'all you'd you'll you're you've
+""".split()  # noqa: SIM905
+_LONG = """
+    couldn't've hadn't've he'd've I'd've it'd've mightn't've she'd've shouldn't've
+    somebody'd've someone'd've something'd've there'd've they'd've we'd've who'd've
+    wouldn't've y'all'll y'all'd've you'd've
+""".split()  # noqa: SIM905
+
+
+def _contractions() -> dict[str, str]:
+    table = {word.replace("'", ""): word for word in _SHORT}
+    for word in _LONG:  # one of the two apostrophes is missing
+        first, second, *rest = word.split("'")
+        tail = "'".join([second, *rest])
+        table[first + tail] = word
+        table[first + "'" + tail.replace("'", "")] = word
+    return table
+
+
+_CONTRACTIONS = _contractions()
+
+
+def normalise_answer(answer: str) -> str:
+    """As the official scorer compares answers: punctuation, numbers, articles, contractions."""
+    text = answer.replace("\n", " ").replace("\t", " ").strip()
+    out = text
+    for mark in _PUNCTUATION:
+        apart = f"{mark} " in text or f" {mark}" in text or _COMMA.search(text) is not None
+        out = out.replace(mark, "" if apart else " ")
+    out = _PERIOD.sub("", out)
+    words = [_DIGITS.get(word, word) for word in out.lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def vqa_accuracy(answer: str, annotators: Sequence[str]) -> float:
+    """The official accuracy of one answer, 0 to 1. Raises DataError without annotators."""
+    if not annotators:
+        raise DataError("a question without answers cannot be scored; use --output for the server")
+    given = [one.replace("\n", " ").replace("\t", " ").strip() for one in annotators]
+    mine = answer.replace("\n", " ").replace("\t", " ").strip()
+    if len(set(given)) > 1:  # where all agree, answers are compared as they are
+        given, mine = [normalise_answer(one) for one in given], normalise_answer(mine)
+    same = [one == mine for one in given]
+    shares = [min(1.0, (sum(same) - own) / 3) for own in same]
+    return sum(shares) / len(shares)
+
+
+def accuracy_by_type(scores: Sequence[float], types: Sequence[str]) -> dict[str, float]:
+    """Mean accuracy in percent over all questions, and over those of each answer type."""
+    by_type: dict[str, list[float]] = {}
+    for score, kind in zip(scores, types, strict=True):
+        by_type.setdefault(kind, []).append(score)
+    means = {kind: 100 * sum(values) / len(values) for kind, values in sorted(by_type.items())}
+    return {"overall": 100 * sum(scores) / max(1, len(scores)), **means}
+
+
+def answer_questions(
+    model: BlipForVQA,
+    tokenizer: BlipTokenizer,
+    batches: Iterator[tuple[Tensor, Sequence[str]]],
+    *,
+    candidates: Sequence[str] | None = None,
+    k: int = 128,
+) -> Iterator[str]:
+    """An answer to each question.
+
+    batches: `pixel_values (B, 3, size, size)` on the model's device, and B questions.
+    candidates: rank these, the k likeliest by their first token; None generates.
+    """
+    device = next(model.parameters()).device
+    listed: PackedText | None = None
+    if candidates is not None:
+        tokens = tokenizer(candidates, 64, kind="raw").to(device)
+        listed = PackedText.from_padded(tokens.input_ids, tokens.attention_mask)
+    for pixels, questions in batches:
+        cleaned = [pre_question(question) for question in questions]
+        asked = tokenizer(cleaned, max_length=35, kind="raw").to(device)
+        arguments: Any = (pixels, asked.input_ids, asked.attention_mask)
+        with torch.inference_mode():
+            if listed is None:
+                generated = model.generate(*arguments)
+                rows = generated.new_tokens(sep_token_id=tokenizer.sep_token_id)
+                yield from (tokenizer.decode(row) for row in rows)
+            else:
+                assert candidates is not None
+                ranked = model.rank(model.encode_question(*arguments), listed, k=k)
+                yield from (candidates[i] for i in ranked.answer_ids[:, 0].tolist())
