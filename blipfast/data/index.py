@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from threading import Lock
 import numpy as np
 
 from blipfast.data.records import IMAGE_EXTENSIONS, Record, parse_body, record_from_members
-from blipfast.data.shards import BadRecord, shard_is_complete
+from blipfast.data.shards import BadRecord, groups_of
 from blipfast.errors import DataError
 
 _VERSION = 1
@@ -121,70 +120,40 @@ def _make(shard: Path) -> ShardIndex:
     rows: list[tuple[int, int, int, int, int]] = []
     keys, extensions, words, first_text = [], [], [], [0]
     bad: list[BadRecord] = []
-    for key, members, reason in _groups(shard):
+    for key, members, reason in groups_of(shard, lambda extension: extension == "json"):
         try:
             if reason:
                 raise DataError(reason)
             images = [name for name in members if name in IMAGE_EXTENSIONS]
             if len(images) != 1 or "json" not in members:
                 record_from_members(key, dict.fromkeys(members, b""))  # raises, saying why
-            offset, size = members[images[0]][:2]
-            if size == 0:
+            image, about = members[images[0]], members["json"]
+            if image.size == 0:
                 raise DataError("the image is empty (0 bytes)")
-            body = parse_body(members["json"][2])
+            body = parse_body(about.content)
         except DataError as error:
             bad.append(BadRecord(str(shard), key, str(error)))
             continue
         keys.append(key.encode())
         extensions.append(images[0].encode())
-        rows.append((offset, size, *members["json"][:2], _hash(body["ids"].get("pair"))))
+        pair = _hash(body["ids"].get("pair"))
+        rows.append((image.offset, image.size, about.offset, about.size, pair))
         words += [1 + entry["text"].count(" ") for entry in body["texts"]]
         first_text.append(len(words))
     table = np.array(rows, dtype=object).reshape(-1, 5)
-    image, image_size, offset_json, json_size = (table[:, i].astype(np.int64) for i in range(4))
     return ShardIndex(
-        shard, np.array(keys, dtype="S"), np.array(extensions, dtype="S"), image, image_size,
-        offset_json, json_size, np.array(first_text, dtype=np.int64),
-        np.array(words, dtype=np.int32), table[:, 4].astype(np.uint64), tuple(bad),
-    )  # fmt: skip
-
-
-Member = tuple[int, int, bytes]  # offset, size and, of JSON, the content
-
-
-def _groups(shard: Path) -> Iterator[tuple[str, dict[str, Member], str]]:
-    """Members with the same key, in order, and why they cannot be used."""
-    key, members, reason = "", dict[str, Member](), ""
-    end = shard.stat().st_size
-    try:
-        if not shard_is_complete(shard):
-            yield "", {}, "the shard breaks off: no end-of-archive mark"
-        with tarfile.open(shard, mode="r:") as tar:
-            for info in tar:
-                if not info.isfile():
-                    continue
-                folder, _, name = info.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                this = f"{folder}/{stem}" if folder else stem
-                if this != key:
-                    if key:
-                        yield key, members, reason
-                    key, members, reason = this, {}, ""
-                extension = extension.lower()
-                if extension in members:
-                    reason = f"two members {extension!r}"
-                if info.offset_data + info.size > end:
-                    reason = f"the shard breaks off inside {info.name}"
-                stream = tar.extractfile(info) if extension == "json" and not reason else None
-                content = b"" if stream is None else stream.read()
-                members[extension] = (info.offset_data, info.size, content)
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        if key:
-            yield key, members, reason
-        yield "", {}, f"the shard cannot be read further ({error})"
-        return
-    if key:
-        yield key, members, reason
+        shard=shard,
+        keys=np.array(keys, dtype="S"),
+        extensions=np.array(extensions, dtype="S"),
+        image=table[:, 0].astype(np.int64),
+        image_size=table[:, 1].astype(np.int64),
+        json=table[:, 2].astype(np.int64),
+        json_size=table[:, 3].astype(np.int64),
+        first_text=np.array(first_text, dtype=np.int64),
+        words=np.array(words, dtype=np.int32),
+        pair=table[:, 4].astype(np.uint64),
+        bad=tuple(bad),
+    )
 
 
 def _hash(name: int | str | None) -> int:

@@ -18,7 +18,7 @@ import glob
 import io
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -228,8 +228,9 @@ class ShardReader:
         self.good = 0
         self.quarantine = []
         for shard in self.shards:
-            for key, members, reason in _groups(shard):
-                record = self._accept(shard, key, members, reason)
+            for key, members, reason in groups_of(shard):
+                contents = {extension: member.content for extension, member in members.items()}
+                record = self._accept(shard, key, contents, reason)
                 if record is not None:
                     self.good += 1
                     yield record
@@ -301,11 +302,26 @@ def read_shards(
     return ShardReader(shards, max_bad_fraction, verify_images)
 
 
-def _groups(shard: Path) -> Iterator[tuple[str, dict[str, bytes], str]]:
-    """Members with the same key, in order: key, contents by extension, reason if unusable."""
-    key, members, reason = "", dict[str, bytes](), ""
+@dataclass(frozen=True)
+class Member:
+    """One file in a shard: where its content lies, and the content if it was asked for."""
+
+    offset: int
+    size: int
+    content: bytes
+
+
+def groups_of(
+    shard: Path, with_content: Callable[[str], bool] = lambda extension: True
+) -> Iterator[tuple[str, dict[str, Member], str]]:
+    """Members with the same key, in order: key, members by extension, reason if unusable.
+
+    with_content: of which extensions the content is read.
+    """
+    key, members, reason = "", dict[str, Member](), ""
     try:
         with tarfile.open(shard, mode="r:") as tar:
+            end = shard.stat().st_size
             if not shard_is_complete(shard):
                 # Every record before the break is sound; say that some may be missing.
                 yield "", {}, "the shard breaks off: no end-of-archive mark"
@@ -322,11 +338,11 @@ def _groups(shard: Path) -> Iterator[tuple[str, dict[str, bytes], str]]:
                 extension = extension.lower()
                 if extension in members:
                     reason = f"two members {extension!r}"
-                stream = tar.extractfile(info)
-                content = stream.read() if stream is not None else b""
-                if len(content) != info.size:
+                if info.offset_data + info.size > end:
                     reason = f"the shard breaks off inside {info.name}"
-                members[extension] = content
+                stream = tar.extractfile(info) if with_content(extension) else None
+                content = stream.read() if stream is not None else b""
+                members[extension] = Member(info.offset_data, info.size, content)
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         if key:
             yield key, members, reason

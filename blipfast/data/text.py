@@ -317,6 +317,17 @@ class BlipTokenizer:
             numbers = [i for i in numbers if i not in self._special]
         return self._backend.decode(numbers, skip_special_tokens=False)
 
+    def last_turns(self, turns: Sequence[str], max_length: int) -> str:
+        """As many of a dialogue's last turns as fit into `max_length` tokens, as one text.
+
+        What is said last matters most, and cutting a text loses its end. The last two stay anyhow.
+        """
+        kept = list(turns)
+        lengths = (self(kept, kind="raw", allow_empty=True).lengths - 2).tolist()
+        while len(kept) > 2 and sum(lengths) > max_length - 2:
+            del kept[0], lengths[0]
+        return " ".join(kept)
+
     def batch_decode(
         self, ids: Tensor | Sequence[Sequence[int]], skip_special_tokens: bool = True
     ) -> list[str]:

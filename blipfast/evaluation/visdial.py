@@ -78,21 +78,16 @@ def score_rounds(
     states = model.dialogue_states(pixel_values, words)
     scores = []
     for one in rounds:
-        texts = [_dialogue(tokenizer, [*one.turns, answer]) for answer in one.candidates]
         limit = min(_DIALOGUE_TOKENS, model.text_config.max_positions)
+        before = [pre_question(turn) for turn in one.turns]
+        texts = [
+            tokenizer.last_turns([*before, pre_question(answer)], limit)
+            for answer in one.candidates
+        ]
         said = tokenizer(texts, limit, kind="raw", allow_empty=True).to(device)
         dialogues = PackedText.from_padded(said.input_ids, said.attention_mask)
         scores.append(model.rank(states, dialogues, [0] * len(texts)).float().cpu())
     return scores
-
-
-def _dialogue(tokenizer: BlipTokenizer, turns: Sequence[str]) -> str:
-    """The last turns that fit, as in training."""
-    cleaned = [pre_question(turn) for turn in turns]
-    lengths = (tokenizer(cleaned, kind="raw", allow_empty=True).lengths - 2).tolist()
-    while len(cleaned) > 2 and sum(lengths) > _DIALOGUE_TOKENS - 2:
-        cleaned, lengths = cleaned[1:], lengths[1:]
-    return " ".join(cleaned)
 
 
 def ranks_of(scores: Tensor) -> list[int]:

@@ -304,13 +304,12 @@ class ShardBatches:
 
     def _dialogues(self, samples: list[Sample]) -> dict[str, Any]:
         """History, question and a right or wrong answer as one text, for each sample two."""
-        texts, labels = [], []
+        texts, labels, limit = [], [], self.config.max_dialogue_length
         for sample in samples:
             for answer, weight in sample.answers:
                 turns = [pre_question(text) for text in (*sample.history, answer)]
-                texts.append(self._latest(turns))
+                texts.append(self.tokenizer.last_turns(turns, limit))
                 labels.append(int(weight))
-        limit = self.config.max_dialogue_length
         tokens = self.tokenizer(texts, limit, kind="raw", allow_empty=True)
         return {
             "dialogue_ids": tokens.input_ids,
@@ -318,14 +317,6 @@ class ShardBatches:
             "image_index": torch.arange(len(samples)).repeat_interleave(2),
             "labels": torch.tensor(labels),
         }
-
-    def _latest(self, turns: list[str]) -> str:
-        """The last turns that fit: what is said last matters, and a tokenizer cuts the end."""
-        lengths = (self.tokenizer(turns, kind="raw", allow_empty=True).lengths - 2).tolist()
-        room = self.config.max_dialogue_length - 2
-        while len(turns) > 2 and sum(lengths) > room:
-            turns, lengths = turns[1:], lengths[1:]
-        return " ".join(turns)
 
     def _swap_sides(
         self, pixel_values: Tensor, texts: list[str], last: Place
