@@ -21,7 +21,7 @@ from blipfast.errors import BlipfastError, ConfigError, Preempted
 COMMANDS = {
     "train": "pre-train or fine-tune on shards, by a recipe or your own YAML",
     "capfilt": "caption web images, filter both kinds of text, write new shards",
-    "evaluate": "retrieval recall or caption metrics on shards",
+    "evaluate": "retrieval, captions, VQA, NLVR2, VisDial and clips by their protocols",
     "caption": "captions for images or folders of images",
     "match": "how well texts fit an image",
     "data": "data sets' own files to shards, and what is in shards",

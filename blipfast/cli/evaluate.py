@@ -1,208 +1,177 @@
-"""`blipfast evaluate retrieval|caption|vqa|nlvr2|visdial`: metrics on shards."""
+"""`blipfast evaluate TASK`: the published protocols, on shards and manifests of clips."""
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from blipfast.cli._parsing import make_parser, parse
-from blipfast.errors import ConfigError, DataError
+from blipfast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from blipfast.data import Record
+    from blipfast.evaluation.outcome import Outcome
 
+# What is evaluated: the model's task, and the function that does it.
+_TASKS = {
+    "retrieval": ("retrieval", "_images.retrieval"),
+    "caption": ("caption", "_images.caption"),
+    "vqa": ("vqa", "_answers.vqa"),
+    "nlvr2": ("nlvr", "_answers.nlvr2"),
+    "visdial": ("visdial", "_answers.visdial"),
+    "video-retrieval": ("retrieval", "_videos.video_retrieval"),
+    "video-qa": ("vqa", "_videos.video_qa"),
+}
+_FRAMES = {"video-retrieval": 8, "video-qa": 16}
 _EXAMPLES = """\
+  # COCO or Flickr30K, fine-tuned or (a COCO model on Flickr30K) zero-shot
   blipfast evaluate retrieval --shards coco_test/ --checkpoint runs/retrieval_coco/model --k 256
-  blipfast evaluate caption --shards coco_test/ --checkpoint runs/caption_coco/model --beams 3
+  # COCO, and NoCaps by its domains
+  blipfast evaluate caption --shards 'coco/test-*.tar' --checkpoint runs/caption_coco/model
+  blipfast evaluate caption --shards 'nocaps/val-*.tar' --repetition_penalty 1.1 --checkpoint ...
+  # VQA v2 by ranking a list; without --answers it generates
   blipfast evaluate vqa --shards 'vqa/val-*.tar' --checkpoint runs/vqa/model \\
-      --answers answer_list.json --output results/vqa    # without --answers it generates
+      --answers answer_list.json --output results/vqa
   blipfast evaluate nlvr2 --shards 'nlvr2/test-*.tar' --checkpoint runs/nlvr/model
-  blipfast evaluate visdial --shards 'visdial/val-*.tar' --checkpoint runs/visdial/model"""
-_KEEP_BYTES = 2 << 30  # image tokens above that are computed again for re-ranking, block by block
+  blipfast evaluate visdial --shards 'visdial/val-*.tar' --checkpoint runs/visdial/model
+  # clips, zero-shot: a retrieval model on MSRVTT, a VQA model on MSRVTT-QA or MSVD-QA
+  blipfast evaluate video-retrieval --shards msrvtt/test.videos.jsonl --checkpoint coco.pth
+  blipfast evaluate video-qa --shards msvd/qa-test.videos.jsonl --checkpoint model_vqa.pth
+  # eight cards share the work, and give the same numbers
+  torchrun --nproc-per-node 8 -m blipfast.cli evaluate vqa --shards ... --checkpoint ..."""
 
 
 def main(argv: Sequence[str]) -> int:
-    from blipfast.cli import _inputs
-
     parser = make_parser(
         "evaluate",
         "Retrieval: recall at 1, 5 and 10 both ways in percent, by ITC alone and re-ranked by "
-        "ITM. Caption: CIDEr of generated captions against all texts of each image. VQA v2: the "
+        "ITM. Caption: BLEU, METEOR, ROUGE-L, CIDEr, SPICE (METEOR, SPICE: with Java). VQA v2: the "
         "official accuracy. NLVR2: accuracy and consistency. VisDial: NDCG, MRR, R@1/5/10, mean "
-        "rank. Shards as `blipfast data prepare` writes them.",
+        "rank. Clips: recall and median rank, or the share of right answers. Shards and manifests "
+        "as `blipfast data prepare` writes them. A table goes to stderr, JSON to stdout.",
         _EXAMPLES,
     )
-    parser.add_argument(
-        "what", type=Literal["retrieval", "caption", "vqa", "nlvr2", "visdial"], help="which task"
-    )
-    parser.add_argument("--shards", type=str, required=True, help="folder, file or glob of .tar")
-    _inputs.add_model_options(parser)
-    parser.add_argument("--k", type=int, default=256, help="candidates that ITM re-ranks")
-    parser.add_argument(
-        "--max_length", type=int | None, default=None,
-        help="tokens of a text (35), or of a caption with its prompt (20)",
-    )  # fmt: skip
-    parser.add_argument("--min_length", type=int, default=5, help="of a caption with its prompt")
-    parser.add_argument(
-        "--prompt", type=str, default="a picture of ", help="what a caption follows"
-    )
-    parser.add_argument("--beams", type=int, default=3, help="width of the beam search")
-    parser.add_argument("--batch_size", type=int, default=32, help="images at once")
-    parser.add_argument("--limit", type=int | None, default=None, help="images; by default all")
-    parser.add_argument(
-        "--max_bad_fraction", type=float, default=0.01,
-        help="share of unreadable records that ends the run",
-    )  # fmt: skip
-    parser.add_argument(
-        "--answers", type=str | None, default=None,
-        help="VQA: rank these, a JSON list or one a line, rather than generate",
-    )  # fmt: skip
-    parser.add_argument(
-        "--output", type=str | None, default=None,
-        help="folder for metrics.json and the predictions file that the official server takes",
-    )  # fmt: skip
-    parser.add_argument("--json", type=str | None, default=None, help="also write the result there")
+    _add_options(parser)
     values = parse(parser, argv)
-    for name in ("k", "batch_size", "beams"):
-        if values[name] < 1:
+    for name in ("k", "batch_size", "beams", "frames", "limit"):
+        if values[name] is not None and values[name] < 1:
             raise ConfigError(f"{name} is {values[name]}; it must be at least 1")
+    if values["keep_bytes"] < 0:
+        raise ConfigError(f"keep_bytes is {values['keep_bytes']}; it must not be negative")
+    if not 0 <= values["max_bad_fraction"] <= 1:
+        raise ConfigError(
+            f"max_bad_fraction is {values['max_bad_fraction']}; it is a share from 0 to 1"
+        )
+    values["frames"] = values["frames"] or _FRAMES.get(values["what"])
     return _run(values)
 
 
-def _run(values: dict[str, Any]) -> int:
-    from blipfast.cli import _answers, _inputs
+def _add_options(parser: Any) -> None:
+    from blipfast.cli import _inputs
 
-    what = values["what"]
-    task = _answers.TASKS[what][0] if what in _answers.TASKS else what
-    model, tokenizer, where = _inputs.load_for(
-        task, values["checkpoint"], values["vocabulary"], values["device"], values["image_size"]
-    )
-    model.eval()
-    data = _Data(values, model.config.vision.image_size)
-    files: dict[str, str] = {}
-    with _inputs.autocast(where, values["precision"]):
-        if what in _answers.TASKS:
-            pixels = partial(_answers.stacked, transform=data.transform, where=where)
-            run = _answers.TASKS[what][1]
-            result, files = run(model, tokenizer, data.records, pixels, values)
+    def add(name: str, kind: Any, default: Any, text: str) -> None:
+        parser.add_argument(name, type=kind, default=default, help=text)
+
+    parser.add_argument("what", type=Literal[tuple(_TASKS)], help="which task")
+    parser.add_argument(
+        "--shards", type=str, required=True,
+        help="folder, file or glob of .tar; of clips: a videos.jsonl manifest",
+    )  # fmt: skip
+    _inputs.add_model_options(parser)
+    add("--k", int | None, None, "candidates that ITM re-ranks (256; clips: 128), or answers (128)")
+    add(
+        "--max_length", int | None, None,
+        "tokens of a text (35; of clips: 40), or of a caption with its prompt (20)",
+    )  # fmt: skip
+    add("--min_length", int, 5, "of a caption with its prompt")
+    add("--prompt", str, "a picture of ", "what a caption follows")
+    add("--beams", int, 3, "width of the beam search")
+    add("--repetition_penalty", float, 1.0, "of captions; the paper's NoCaps has 1.1")
+    add("--answers", str | None, None, "rank these, a JSON list or one a line; else generate")
+    add(
+        "--attend_padding", bool, False,
+        "generated answers look at padding too, as the original's do: they depend on the batch",
+    )  # fmt: skip
+    add("--frames", int | None, None, "of a clip (retrieval 8, questions 16)")
+    add(
+        "--sampling", Literal["middle", "original"], "middle",
+        "frames from the middles of equal shares; original: its step cut to a whole number",
+    )  # fmt: skip
+    add("--decoder", Literal["auto", "torchcodec", "pyav", "dali"], "auto", "what reads clips")
+    add("--batch_size", int, 32, "images, questions or clips at once")
+    add(
+        "--keep_bytes", int, 2 << 30,
+        "image tokens held in memory, per process; others are computed again for re-ranking",
+    )  # fmt: skip
+    add("--limit", int | None, None, "at most so many records or lines; by default all")
+    add("--max_bad_fraction", float, 0.01, "share of unreadable records that ends the run")
+    add(
+        "--output", str | None, None,
+        "folder for metrics.json, the predictions file that the official server takes, and "
+        "page.html with right and wrong answers",
+    )  # fmt: skip
+    add("--json", str | None, None, "also write the result there")
+
+
+def _run(values: dict[str, Any]) -> int:
+    import torch
+
+    from blipfast.cli import _inputs
+    from blipfast.cli._evaluation import Job, Records
+    from blipfast.evaluation.sharing import rank
+    from blipfast.train.ranks import process_group
+    from blipfast.train.recipes import pick_device
+
+    task, name = _TASKS[values["what"]]
+    module, function = name.split(".")
+    evaluate = getattr(import_module(f"blipfast.cli.{module}"), function)
+    with process_group(pick_device(values["device"]), timeout=7200):
+        model, tokenizer, where = _inputs.load_for(
+            task, values["checkpoint"], values["vocabulary"], values["device"],
+            values["image_size"],
+        )  # fmt: skip
+        model.eval()
+        job = Job(model, tokenizer, where, values)
+        if module == "_videos":
+            data = import_module("blipfast.cli._videos").Clips(job)
         else:
-            run_task = _retrieval if what == "retrieval" else _caption
-            result = run_task(model, tokenizer, data, values, where)
-    result = {"images": len(data.records), **result, "bad_records": data.bad}
-    text = json.dumps(result, indent=2)
-    _write(values, text, files)
-    print(text)
+            data = Records(values["shards"], values["limit"], values["max_bad_fraction"])
+        with _inputs.autocast(where, values["precision"]), torch.inference_mode():
+            outcome = evaluate(job, data)
+        if rank() > 0:
+            return 0
+        first = {} if module == "_videos" else {"images": len(data)}
+        _report({**first, **outcome.metrics, "bad_records": len(data.bad)}, outcome, values)
     return 0
 
 
-def _write(values: dict[str, Any], text: str, files: dict[str, str]) -> None:
-    from pathlib import Path
+def _report(metrics: dict[str, Any], outcome: Outcome, values: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
 
+    from blipfast.evaluation.page import flat_rows, render_page
     from blipfast.train.files import write_whole
 
+    text = json.dumps(metrics, indent=2)
     wanted = {} if values["json"] is None else {Path(values["json"]): text}
+    title = f"blipfast evaluate {values['what']}: {Path(values['checkpoint']).name}"
     if values["output"] is not None:
         folder = Path(values["output"])
-        wanted |= {folder / "metrics.json": text}
-        wanted |= {folder / name: content for name, content in files.items()}
+        wanted |= {folder / name: content for name, content in outcome.files.items()}
+        wanted[folder / "page.html"] = render_page(title, metrics, outcome)
+        wanted[folder / "metrics.json"] = text  # last: with it all is there
     for path, content in wanted.items():
         write_whole(path, partial(_put, content))
+    table = Table("metric", "value", title=title)
+    table.columns[1].justify = "right"
+    for row in flat_rows(metrics):
+        table.add_row(*row)
+    Console(stderr=True).print(table)
+    print(text)
 
 
 def _put(content: str, file: Any) -> None:
     file.write(f"{content.rstrip()}\n".encode())
-
-
-class _Data:
-    """Images and texts of the shards, the images kept as they are encoded in the files."""
-
-    def __init__(self, values: dict[str, Any], image_size: int) -> None:
-        from blipfast.data import EvalTransform, read_shards
-
-        self.size = values["batch_size"]
-        self.transform = EvalTransform(image_size)
-        reader = read_shards(values["shards"], values["max_bad_fraction"], True)
-        self.records: list[Record] = []
-        for record in reader:
-            if values["limit"] is not None and len(self.records) >= values["limit"]:
-                break
-            self.records.append(record)
-        self.texts = [[entry.text for entry in record.texts] for record in self.records]
-        self.bad = len(reader.quarantine)
-        if not self.records:
-            raise DataError(f"the shards {values['shards']} hold no usable record")
-
-    def pixels(self, index: Sequence[int]) -> Any:
-        import torch
-
-        return torch.stack([self.transform(self.records[i].image) for i in index])
-
-    def batches(self) -> Iterator[range]:
-        for start in range(0, len(self.records), self.size):
-            yield range(start, min(start + self.size, len(self.records)))
-
-
-def _retrieval(
-    model: Any, tokenizer: Any, data: _Data, values: dict[str, Any], where: Any
-) -> dict[str, Any]:
-    import torch
-
-    from blipfast.evaluation.retrieval import recall_metrics, score_retrieval
-    from blipfast.models.blip import PackedText
-
-    flat = [text for texts in data.texts for text in texts]
-    encoded = tokenizer(flat, max_length=values["max_length"] or 35).to(where)
-    text = PackedText.from_padded(encoded.input_ids, encoded.attention_mask)
-    with torch.inference_mode():
-        embeds, features, total = [], [], 0
-        for block in data.batches():
-            tokens = model.encode_image(data.pixels(block).to(where))
-            features.append(model.image_features(tokens))
-            total += tokens.nbytes
-            if total <= _KEEP_BYTES:
-                embeds.append(tokens)
-        kept = torch.cat(embeds) if total <= _KEEP_BYTES else None
-        del embeds
-        text_feats = torch.cat(
-            [
-                model.text_features(text.select(range(i, min(i + 256, len(flat)))))
-                for i in range(0, len(flat), 256)
-            ]
-        )
-
-        def again(index: Sequence[int]) -> Any:
-            return model.encode_image(data.pixels(index).to(where))
-
-        scores = score_retrieval(
-            model, again if kept is None else kept, torch.cat(features), text, text_feats,
-            k=values["k"],
-        )  # fmt: skip
-    ends = [0]
-    for texts in data.texts:
-        ends.append(ends[-1] + len(texts))
-    owned = [list(range(a, b)) for a, b in itertools.pairwise(ends)]
-    return {
-        "texts": len(flat),
-        "itc": recall_metrics(scores.itc, scores.itc, owned).to_dict(),
-        "itm": recall_metrics(scores.image_to_text, scores.text_to_image, owned).to_dict(),
-        "pairs_through_itm": scores.pairs,
-    }
-
-
-def _caption(
-    model: Any, tokenizer: Any, data: _Data, values: dict[str, Any], where: Any
-) -> dict[str, Any]:
-    from blipfast.evaluation.captions import cider
-    from blipfast.generation import caption_images
-
-    captions: list[str] = []
-    for block in data.batches():
-        captions += caption_images(
-            model, tokenizer, data.pixels(block).to(where), prompt=values["prompt"],
-            num_beams=values["beams"], max_length=values["max_length"] or 20,
-            min_length=values["min_length"],
-        )  # fmt: skip
-    return {"cider": 100.0 * cider(captions, data.texts).mean, "first_captions": captions[:5]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,22 +11,18 @@ from blipfast.data import BlipTokenizer, pre_caption
 from blipfast.tasks.nlvr import BlipForNLVR
 
 
+@torch.inference_mode()
 def judge_pairs(
-    model: BlipForNLVR,
-    tokenizer: BlipTokenizer,
-    batches: Iterator[tuple[Tensor, Sequence[str]]],
-) -> Iterator[bool]:
+    model: BlipForNLVR, tokenizer: BlipTokenizer, pixel_values: Tensor, sentences: Sequence[str]
+) -> list[bool]:
     """Whether each sentence is judged true of its pair, `pixel_values (B, 2, 3, size, size)`.
 
     The images stay on their sides: the original swaps them at random in evaluation too.
     """
-    device = next(model.parameters()).device
-    for pixels, sentences in batches:
-        cleaned = [pre_caption(sentence, 40) for sentence in sentences]
-        tokens = tokenizer(cleaned, max_length=64, kind="raw").to(device)
-        with torch.inference_mode():
-            logits = model(pixels, tokens.input_ids, tokens.attention_mask).logits
-        yield from logits.argmax(1).bool().tolist()
+    cleaned = [pre_caption(sentence, 40) for sentence in sentences]
+    tokens = tokenizer(cleaned, max_length=64, kind="raw").to(pixel_values.device)
+    logits = model(pixel_values, tokens.input_ids, tokens.attention_mask).logits
+    return logits.argmax(1).bool().tolist()
 
 
 def nlvr_metrics(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from blipfast.errors import ShapeError
+from blipfast.evaluation.sharing import gather, share
 from blipfast.models.blip import PackedText
 from blipfast.tasks.retrieval import BlipForRetrieval
 
@@ -45,13 +46,16 @@ def score_retrieval(
     images_per_block: int = 16,
     tokens_per_pass: int = 16_384,
     on_block: Callable[[int], None] | None = None,
+    shared: bool = False,
 ) -> RetrievalScores:
     """Scores every image with every text.
 
     image_embeds: `(I, S, D)`, or a function that gives those of some images, so that a large set
     need not lie in memory. image_feats: `(I, E)`, text_feats: `(T, E)`, unit vectors.
     k: candidates per image and per text. images_per_block, tokens_per_pass: what bounds the memory.
-    on_block: called with the number of images after each block.
+    on_block: called with the number of images after each block. shared: each rank scores the
+    images that are its own (`evaluation.sharing.share`), of which alone it asks for embeddings;
+    every rank must call, and gets all scores.
     """
     num_images, num_texts = image_feats.shape[0], text_feats.shape[0]
     if text.packing.num_sequences != num_texts:
@@ -62,18 +66,24 @@ def score_retrieval(
     of_text = _top_k_mask(itc, k, dim=0)
     itm = torch.full_like(itc, NOT_A_CANDIDATE)
     wanted = of_image | of_text
-    for start in range(0, num_images, images_per_block):
-        block = range(start, min(start + images_per_block, num_images))
+    own = share(num_images) if shared else list(range(num_images))
+    for start in range(0, len(own), images_per_block):
+        block = own[start : start + images_per_block]
         states = model.image_states(embeds_of(block), project=True)
-        images, texts = wanted[block.start : block.stop].nonzero(as_tuple=True)
+        images, texts = wanted[block].nonzero(as_tuple=True)
         for pairs in _passes(
             images.tolist(), texts.tolist(), text.packing.lengths, tokens_per_pass
         ):
             rows, columns = [i for i, _ in pairs], [j for _, j in pairs]
             logits = model.match(text.select(columns), states, rows)[:, 1].float()
-            itm[[start + i for i in rows], columns] = logits.to(itm.device)
+            itm[[block[i] for i in rows], columns] = logits.to(itm.device)
         if on_block is not None:
             on_block(len(block))
+    if shared:
+        for numbers, values in gather((own, itm[own][wanted[own]].cpu())):
+            rows_of_rank = itm[numbers]
+            rows_of_rank[wanted[numbers]] = values.to(itm.device)
+            itm[numbers] = rows_of_rank
     scores = itm + itc
     outside = torch.full_like(scores, NOT_A_CANDIDATE)
     return RetrievalScores(
@@ -136,6 +146,11 @@ def recall_metrics(
     return RecallMetrics(
         *(recall(text_ranks, k) for k in at), *(recall(image_ranks, k) for k in at)
     )
+
+
+def median_rank(scores: Tensor, targets: Sequence[Sequence[int]]) -> float:
+    """Over the rows, the median of the best rank, from 1, of the row's targets."""
+    return float(_ranks(scores, [list(its) for its in targets]).double().quantile(0.5)) + 1
 
 
 def _ranks(scores: Tensor, targets: list[list[int]]) -> Tensor:

@@ -7,8 +7,7 @@ gave it); answers are compared as the official scorer compares them (`normalise_
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -87,34 +86,47 @@ def accuracy_by_type(scores: Sequence[float], types: Sequence[str]) -> dict[str,
     return {"overall": 100 * sum(scores) / max(1, len(scores)), **means}
 
 
-def answer_questions(
-    model: BlipForVQA,
-    tokenizer: BlipTokenizer,
-    batches: Iterator[tuple[Tensor, Sequence[str]]],
-    *,
-    candidates: Sequence[str] | None = None,
-    k: int = 128,
-) -> Iterator[str]:
-    """An answer to each question.
+class Answerer:
+    """Answers questions about images, or about whatever `image_embeds` show.
 
-    batches: `pixel_values (B, 3, size, size)` on the model's device, and B questions.
     candidates: rank these, the k likeliest by their first token; None generates.
+    attend_padding: of generation, see `BlipForVQA.generate`.
     """
-    device = next(model.parameters()).device
-    listed: PackedText | None = None
-    if candidates is not None:
-        tokens = tokenizer(candidates, 64, kind="raw").to(device)
-        listed = PackedText.from_padded(tokens.input_ids, tokens.attention_mask)
-    for pixels, questions in batches:
+
+    def __init__(
+        self,
+        model: BlipForVQA,
+        tokenizer: BlipTokenizer,
+        *,
+        candidates: Sequence[str] | None = None,
+        k: int = 128,
+        attend_padding: bool = False,
+    ) -> None:
+        self.model, self.tokenizer, self.candidates, self.k = model, tokenizer, candidates, k
+        self.attend_padding = attend_padding
+        self._device = next(model.parameters()).device
+        self._listed: PackedText | None = None
+        if candidates is not None:
+            tokens = tokenizer(candidates, 64, kind="raw").to(self._device)
+            self._listed = PackedText.from_padded(tokens.input_ids, tokens.attention_mask)
+
+    def pairs(self, questions: int) -> int:
+        """How many questions with an answer are looked at for so many questions."""
+        return questions * (1 if self.candidates is None else min(self.k, len(self.candidates)))
+
+    @torch.inference_mode()
+    def __call__(self, image_embeds: Tensor, questions: Sequence[str]) -> list[str]:
+        """An answer to each of B questions, `image_embeds (B, S, D)`."""
         cleaned = [pre_question(question) for question in questions]
-        asked = tokenizer(cleaned, max_length=35, kind="raw").to(device)
-        arguments: Any = (pixels, asked.input_ids, asked.attention_mask)
-        with torch.inference_mode():
-            if listed is None:
-                generated = model.generate(*arguments)
-                rows = generated.new_tokens(sep_token_id=tokenizer.sep_token_id)
-                yield from (tokenizer.decode(row) for row in rows)
-            else:
-                assert candidates is not None
-                ranked = model.rank(model.encode_question(*arguments), listed, k=k)
-                yield from (candidates[i] for i in ranked.answer_ids[:, 0].tolist())
+        asked = self.tokenizer(cleaned, max_length=35, kind="raw").to(self._device)
+        if self._listed is None or self.candidates is None:
+            generated = self.model.generate(
+                None, asked.input_ids, asked.attention_mask, image_embeds=image_embeds,
+                attend_padding=self.attend_padding,
+            )  # fmt: skip
+            rows = generated.new_tokens(sep_token_id=self.tokenizer.sep_token_id)
+            return [self.tokenizer.decode(row) for row in rows]
+        text = PackedText.from_padded(asked.input_ids, asked.attention_mask)
+        states = self.model.question_states(image_embeds, text)
+        ranked = self.model.rank(states, self._listed, k=self.k)
+        return [self.candidates[i] for i in ranked.answer_ids[:, 0].tolist()]

@@ -9,7 +9,6 @@ import pytest
 from shards import VOCABULARY, captions, tokenizer, write
 
 import blipfast
-import blipfast.cli.evaluate as evaluate
 
 TESTS = Path(__file__).parents[1]
 REFERENCE = TESTS / "fixtures/reference"
@@ -145,12 +144,14 @@ def test_evaluate_retrieval(tmp_path, run):
     assert few["pairs_through_itm"] <= 15
 
 
-def test_evaluate_recomputes_what_does_not_fit(tmp_path, monkeypatch, run):
+def test_evaluate_recomputes_what_does_not_fit(tmp_path, run):
     shards = write(tmp_path / "shards", captions(6))
     arguments = ["retrieval", "--shards", str(shards), "--checkpoint", SCORER, *WORDS]
-    kept = run("evaluate", *arguments)[1]
-    monkeypatch.setattr(evaluate, "_KEEP_BYTES", 10)
-    assert run("evaluate", *arguments)[1] == kept
+    results = []
+    for kept in ("0", "20000", "1000000000"):  # none, some, all
+        results.append(json.loads(run("evaluate", *arguments, "--keep_bytes", kept)[1]))
+        assert results[-1].pop("speed")["pairs_per_second"] > 0
+    assert results[0] == results[1] == results[2]
 
 
 def test_evaluate_caption(tmp_path, run):

@@ -135,6 +135,7 @@ def test_vqa_by_ranking_and_by_generation(tmp_path, capsys):
 def test_a_test_part_gives_a_file_for_the_server(tmp_path, capsys):
     write(tmp_path / "shards", [record(n, [("is it?", "question")], question=n) for n in range(3)])
     got = evaluate(tmp_path, capsys, "vqa", "vqa")
+    assert got.pop("speed")["pairs_per_second"] > 0
     assert got == {"images": 3, "questions": 3, "bad_records": 0}
     assert len(json.loads((tmp_path / "out" / "vqa_result.json").read_text())) == 3
 
