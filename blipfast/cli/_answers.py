@@ -13,7 +13,7 @@ from blipfast.cli._evaluation import Job, Records, choose_examples
 from blipfast.data import Record
 from blipfast.errors import DataError
 from blipfast.evaluation.outcome import Example, Outcome, Stopwatch
-from blipfast.evaluation.sharing import blocks, gather_by_number, share
+from blipfast.evaluation.sharing import gather_by_number, own_blocks, share
 
 
 def vqa(job: Job, records: Records) -> Outcome:
@@ -22,7 +22,7 @@ def vqa(job: Job, records: Records) -> Outcome:
     answerer = make_answerer(job)
     own: dict[int, str] = {}
     watch = Stopwatch()
-    for block in blocks(share(len(records)), job.values["batch_size"]):
+    for block in own_blocks(len(records), job.values["batch_size"]):
         # The questions of an image come in a row: it is encoded once for those of a batch.
         images = [records[i].ids.get("image", records[i].key) for i in block]
         first = {image: number for number, image in reversed(list(zip(block, images, strict=True)))}
@@ -90,7 +90,7 @@ def nlvr2(job: Job, records: Records) -> Outcome:
     sentences = [first.texts[0].text for first in firsts]
     own: dict[int, bool] = {}
     watch = Stopwatch()
-    for block in blocks(share(count), job.values["batch_size"]):
+    for block in own_blocks(count, job.values["batch_size"]):
         images = (records.image(2 * i + side) for i in block for side in (0, 1))
         pixels = job.pixels(images).unflatten(0, (-1, 2))
         judged = judge_pairs(job.model, job.tokenizer, pixels, [sentences[i] for i in block])

@@ -10,7 +10,7 @@ import torch
 
 from blipfast.cli._evaluation import Job, KeptEmbeds, Records, choose_examples
 from blipfast.evaluation.outcome import Example, Outcome, Stopwatch
-from blipfast.evaluation.sharing import blocks, gather_by_number, rank, share
+from blipfast.evaluation.sharing import gather_by_number, own_blocks, rank
 
 _TEXTS_AT_ONCE = 256
 
@@ -22,7 +22,7 @@ def text_features(job: Job, texts: list[str], max_length: int) -> tuple[Any, tor
     encoded = job.tokenizer(texts, max_length=max_length).to(job.where)
     packed = PackedText.from_padded(encoded.input_ids, encoded.attention_mask)
     own: dict[int, torch.Tensor] = {}
-    for block in blocks(share(len(texts)), _TEXTS_AT_ONCE):
+    for block in own_blocks(len(texts), _TEXTS_AT_ONCE):
         own |= dict(zip(block, job.model.text_features(packed.select(block)).cpu(), strict=True))
     return packed, torch.stack(gather_by_number(own, len(texts))).to(job.where)
 
@@ -36,9 +36,10 @@ def retrieval(job: Job, records: Records) -> Outcome:
         lambda numbers: job.model.encode_image(job.pixels(records.image(i) for i in numbers)),
         job.values["keep_bytes"],
     )
+    mine = own_blocks(len(records), job.values["batch_size"])
     with torch.inference_mode():
         own: dict[int, torch.Tensor] = {}
-        for block in blocks(share(len(records)), job.values["batch_size"]):
+        for block in mine:
             features = job.model.image_features(kept.first(block))
             own |= dict(zip(block, features.cpu(), strict=True))
         image_feats = torch.stack(gather_by_number(own, len(records))).to(job.where)
@@ -46,7 +47,7 @@ def retrieval(job: Job, records: Records) -> Outcome:
         watch = Stopwatch()
         scores = score_retrieval(
             job.model, kept, image_feats, packed, text_feats, k=job.values["k"] or 256,
-            images_per_block=min(16, job.values["batch_size"]), shared=True,
+            own=mine,
         )  # fmt: skip
     ends = [0, *itertools.accumulate(len(its) for its in texts_of)]
     owned = [list(range(a, b)) for a, b in itertools.pairwise(ends)]
@@ -72,12 +73,12 @@ def retrieval(job: Job, records: Records) -> Outcome:
 
 
 def caption(job: Job, records: Records) -> Outcome:
-    from blipfast.evaluation.captions import metrics_by_domain
+    from blipfast.evaluation.captions import caption_metrics
     from blipfast.generation import caption_images
 
     own: dict[int, str] = {}
     watch = Stopwatch()
-    for block in blocks(share(len(records)), job.values["batch_size"]):
+    for block in own_blocks(len(records), job.values["batch_size"]):
         pixels = job.pixels(records.image(i) for i in block)
         captions = caption_images(
             job.model, job.tokenizer, pixels, prompt=job.values["prompt"],
@@ -103,13 +104,18 @@ def caption(job: Job, records: Records) -> Outcome:
     metrics: dict[str, Any] = {"first_captions": given[:5], "speed": speed}
     each: dict[int, float] = {}
     if known:  # else a test part, whose captions only the server has
-        overall, domains = metrics_by_domain(
+        overall = caption_metrics(
             [given[i] for i in known],
             [truth[i] for i in known],
             [_domain(records[i].ids.get("domain")) for i in known],
         )
         each = dict(zip(known, overall.cider_each, strict=True))
-        metrics = {**overall.scores, "domains": domains, "tokenizer": overall.tokenizer, **metrics}
+        metrics = {
+            **overall.scores,
+            "domains": overall.by_domain,
+            "tokenizer": overall.tokenizer,
+            **metrics,
+        }
         metrics["left_out"] = overall.left_out
         metrics = {name: value for name, value in metrics.items() if value != {}}
     middle = sorted(each.values())[len(each) // 2] if each else 0.0

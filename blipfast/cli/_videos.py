@@ -21,7 +21,7 @@ from blipfast.data import BadRecord, EvalTransform
 from blipfast.errors import DataError
 from blipfast.evaluation.clips import Clip, pick_decoder, read_frames, read_manifest
 from blipfast.evaluation.outcome import Example, Outcome, Stopwatch
-from blipfast.evaluation.sharing import blocks, gather, gather_by_number, share
+from blipfast.evaluation.sharing import blocks, gather, gather_by_number, own_blocks, share
 
 _SHOWN = 120  # pixels of a frame on the page
 
@@ -97,15 +97,16 @@ def video_retrieval(job: Job, clips: Clips) -> Outcome:
         return embeds
 
     kept = KeptEmbeds(encode, job.values["keep_bytes"])
+    mine = own_blocks(len(clips), job.values["batch_size"])
     with torch.inference_mode():
-        for block in blocks(share(len(clips)), job.values["batch_size"]):
+        for block in mine:
             kept.first(block)
         features = torch.stack(gather_by_number(own, len(clips))).to(job.where)
         packed, text_feats = text_features(job, flat, job.values["max_length"] or 40)
         watch = Stopwatch()
         scores = score_retrieval(
             job.model, kept, features, packed, text_feats, k=job.values["k"] or 128,
-            images_per_block=min(2, job.values["batch_size"]), shared=True,
+            images_per_block=2, own=mine,
         )  # fmt: skip
     ends = [0, *itertools.accumulate(len(its) for its in texts_of)]
     owned = [list(range(a, b)) for a, b in itertools.pairwise(ends)]

@@ -13,7 +13,8 @@ import importlib.util
 import io
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -56,22 +57,30 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Cider
 
 @dataclass(frozen=True)
 class CaptionMetrics:
-    """Scores in percent by name, of each image too, and what was not computed and why.
+    """Scores in percent by name, of all images and of those of each domain by themselves.
 
-    tokenizer: "ptb", the official one, or "plain" where there is no Java.
+    cider_each: of each image. tokenizer: "ptb", the official one, or "plain" where there is no
+    Java. left_out: what was not computed, and why.
     """
 
     scores: dict[str, float]
+    by_domain: dict[str, dict[str, float]]
     cider_each: tuple[float, ...]
     tokenizer: Literal["ptb", "plain"]
     left_out: dict[str, str]
 
 
 def caption_metrics(
-    captions: Sequence[str], references: Sequence[Sequence[str]], *, java: bool | None = None
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    domains: Sequence[str | None] | None = None,
+    *,
+    java: bool | None = None,
 ) -> CaptionMetrics:
     """BLEU-1 to 4, METEOR, ROUGE-L, CIDEr-D and SPICE of one caption per image.
 
+    domains: of each image (NoCaps' in, near and out), None for those that belong to none. Words are
+    weighed by their rarity within a domain there: an overall CIDEr is no mean of the domains'.
     java: use it for what needs it; None uses it if it is installed. Raises as `cider` does, and
     BlipfastError when Java was asked for and is absent, or ends early.
     """
@@ -81,45 +90,20 @@ def caption_metrics(
         raise BlipfastError("the official tokenizer, METEOR and SPICE need java on the PATH")
     with_java = found if java is None else java
     left_out = {} if with_java else dict.fromkeys(("meteor", "spice"), "needs Java")
-    texts = _tokenised(captions, references, ptb=with_java)
-    scores: dict[str, float] = {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        bleu, _ = _scorer("bleu.bleu", "Bleu").compute_score(*texts, verbose=0)
-        scores |= {f"bleu_{n}": 100 * float(value) for n, value in enumerate(bleu, 1)}
-        if with_java:
-            scores["meteor"] = 100 * _meteor(texts)
-        scores["rouge_l"] = 100 * float(_scorer("rouge.rouge", "Rouge").compute_score(*texts)[0])
-        mean, each = _scorer("cider.cider", "Cider").compute_score(*texts)
-        scores["cider"] = 100 * float(mean)
-        if with_java and _has_spice():
-            scores["spice"] = 100 * float(_scorer("spice.spice", "Spice").compute_score(*texts)[0])
-        elif with_java:
-            left_out["spice"] = "needs Stanford CoreNLP 3.6.0: run pycocoevalcap's Spice() once"
-    return CaptionMetrics(
-        scores, tuple(100 * float(one) for one in each), "ptb" if with_java else "plain", left_out
-    )
-
-
-def metrics_by_domain(
-    captions: Sequence[str],
-    references: Sequence[Sequence[str]],
-    domains: Sequence[str | None],
-    *,
-    java: bool | None = None,
-) -> tuple[CaptionMetrics, dict[str, dict[str, float]]]:
-    """Metrics of all images, and of those of each domain (NoCaps' in, near and out) by themselves.
-
-    Words are weighed by their rarity within a domain there, so that an overall CIDEr is no mean of
-    the domains'. domains: None for images that belong to none.
-    """
-    overall = caption_metrics(captions, references, java=java)
-    by_domain = {}
-    for domain in sorted({name for name in domains if name is not None}):
-        inside = [i for i, name in enumerate(domains) if name == domain]
-        by_domain[domain] = caption_metrics(
-            [captions[i] for i in inside], [references[i] for i in inside], java=java
-        ).scores
-    return overall, by_domain
+    if with_java and not _has_spice():
+        left_out["spice"] = "needs Stanford CoreNLP 3.6.0: run pycocoevalcap's Spice() once"
+    truth, given = _tokenised(captions, references, ptb=with_java)
+    inside: dict[str, list[int]] = {}
+    for i, name in enumerate(domains or ()):
+        if name is not None:
+            inside.setdefault(name, []).append(i)
+    with contextlib.redirect_stdout(io.StringIO()), _scorers(left_out) as scorers:
+        scores, each = _scores(scorers, (truth, given))
+        by_domain = {}
+        for name, numbers in sorted(inside.items()):
+            part = ({i: truth[i] for i in numbers}, {i: given[i] for i in numbers})
+            by_domain[name] = _scores(scorers, part)[0]
+    return CaptionMetrics(scores, by_domain, each, "ptb" if with_java else "plain", left_out)
 
 
 _Texts = tuple[dict[int, list[str]], dict[int, list[str]]]  # references, captions
@@ -146,16 +130,19 @@ def _tokenised(
         }
         return truth, {i: [" ".join(tokenize_caption(text))] for i, text in enumerate(captions)}
     tokenizer = _scorer("tokenizer.ptbtokenizer", "PTBTokenizer")
-    try:
-        return tuple(  # type: ignore[return-value]
-            tokenizer.tokenize({i: [{"caption": _line(t)} for t in its] for i, its in texts})
-            for texts in (
-                enumerate([[t for t in its if t.strip()] for its in references]),
-                ((i, [text]) for i, text in enumerate(captions)),
-            )
-        )
-    except OSError as error:  # it writes into its own folder
-        raise BlipfastError(f"pycocoevalcap's tokenizer cannot run: {error}") from error
+
+    def cut(texts: Sequence[Sequence[str]]) -> dict[int, list[str]]:
+        rows = {i: [{"caption": _line(text)} for text in its] for i, its in enumerate(texts)}
+        try:
+            found: dict[int, list[str]] = tokenizer.tokenize(rows)
+        except OSError as error:  # it writes into its own folder
+            raise BlipfastError(f"pycocoevalcap's tokenizer cannot run: {error}") from error
+        if [len(found.get(i, ())) for i in rows] != [len(its) for its in texts]:
+            raise BlipfastError("pycocoevalcap's tokenizer ended early; look at Java's message")
+        return found
+
+    truth = [[text for text in its if text.strip()] for its in references]
+    return cut(truth), cut([[text] for text in captions])
 
 
 def _line(text: str) -> str:
@@ -163,22 +150,42 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _meteor(texts: _Texts) -> float:
-    with _ending(_scorer("meteor.meteor", "Meteor")) as scorer:
-        try:
-            return float(scorer.compute_score(*texts)[0])
-        except (OSError, ValueError) as error:
-            raise BlipfastError(f"METEOR's Java program ended early ({error})") from error
-
-
 @contextlib.contextmanager
-def _ending(scorer: Any) -> Iterator[Any]:
-    """Its destructor waits for a lock that an error leaves closed."""
+def _scorers(left_out: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """The scorers by name, but those left out; METEOR's Java program runs all the while."""
+    scorers = {"bleu": _scorer("bleu.bleu", "Bleu")}
+    if "meteor" not in left_out:
+        scorers["meteor"] = _scorer("meteor.meteor", "Meteor")
+    scorers["rouge_l"] = _scorer("rouge.rouge", "Rouge")
+    scorers["cider"] = _scorer("cider.cider", "Cider")
+    if "spice" not in left_out:
+        scorers["spice"] = _scorer("spice.spice", "Spice")
     try:
-        yield scorer
+        yield scorers
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise BlipfastError(f"a Java program of pycocoevalcap ended early ({error})") from error
     finally:
-        if scorer.lock.locked():
-            scorer.lock.release()
+        lock = getattr(scorers.get("meteor"), "lock", None)
+        if lock is not None and lock.locked():  # its destructor waits for it
+            lock.release()
+
+
+def _scores(
+    scorers: Mapping[str, Any], texts: _Texts
+) -> tuple[dict[str, float], tuple[float, ...]]:
+    """In percent, and CIDEr of each image."""
+    scores: dict[str, float] = {}
+    cider_each: tuple[float, ...] = ()
+    for name, scorer in scorers.items():
+        if name == "bleu":
+            found, _ = scorer.compute_score(*texts, verbose=0)
+            scores |= {f"bleu_{n}": 100 * float(value) for n, value in enumerate(found, 1)}
+            continue
+        mean, each = scorer.compute_score(*texts)
+        scores[name] = 100 * float(mean)
+        if name == "cider":
+            cider_each = tuple(100 * float(one) for one in each)
+    return scores, cider_each
 
 
 def _scorer(module: str, name: str) -> Any:

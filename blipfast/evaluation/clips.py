@@ -131,9 +131,18 @@ def _by_pyav(path: Path, choose: Choose) -> np.ndarray:
             raise DataError(f"{path}: it has no pictures, only sound or text")
         stream = container.streams.video[0]
         promised = int(stream.frames)
-        packets = sum(1 for packet in container.demux(stream) if packet.size)
+        packets, end = 0, 0.0
+        for packet in container.demux(stream):
+            if packet.size:
+                packets += 1
+                end = max(end, float((packet.pts or 0) * packet.time_base))
+        # Matroska tells no number of frames, but how long the longest of its streams lasts.
+        alone = len(container.streams) == 1
+        length = (container.duration or 0) / av.time_base if alone else 0.0
     if packets < _WHOLE * promised:
         raise DataError(f"{path}: it breaks off, {packets} of {promised} frames are there")
+    if end * packets < _WHOLE * length * (packets - 1):  # the last frame lasts a while too
+        raise DataError(f"{path}: it breaks off after {end:.1f} of {length:.1f} seconds")
     wanted = choose(packets)
     found: dict[int, np.ndarray] = {}
     last = 0
@@ -161,17 +170,22 @@ def _by_torchcodec(path: Path, choose: Choose) -> np.ndarray:
 
 
 def _by_dali(path: Path, choose: Choose) -> np.ndarray:
+    """On a CPU DALI knows VP8, VP9 and MJPEG only; H.264 and others need a card."""
+    import torch
     from nvidia.dali import fn, pipeline_def
 
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    card = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=card)
     def whole() -> Any:
-        return fn.experimental.decoders.video(fn.external_source(name="encoded"), device="cpu")
+        encoded = fn.external_source(name="encoded")
+        return fn.decoders.video(encoded, device="cpu" if card is None else "mixed")
 
     pipe = whole()
     pipe.build()
     pipe.feed_input("encoded", [np.frombuffer(path.read_bytes(), np.uint8)])
     (out,) = pipe.run()
-    frames = np.asarray(out[0])
+    frames = np.asarray((out if card is None else out.as_cpu())[0])
     return frames[list(choose(len(frames)))]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blipfast.errors import ShapeError
-from blipfast.evaluation.sharing import gather, share
+from blipfast.evaluation.sharing import blocks, gather
 from blipfast.models.blip import PackedText
 from blipfast.tasks.retrieval import BlipForRetrieval
 
@@ -46,16 +46,16 @@ def score_retrieval(
     images_per_block: int = 16,
     tokens_per_pass: int = 16_384,
     on_block: Callable[[int], None] | None = None,
-    shared: bool = False,
+    own: Sequence[Sequence[int]] | None = None,
 ) -> RetrievalScores:
     """Scores every image with every text.
 
     image_embeds: `(I, S, D)`, or a function that gives those of some images, so that a large set
     need not lie in memory. image_feats: `(I, E)`, text_feats: `(T, E)`, unit vectors.
     k: candidates per image and per text. images_per_block, tokens_per_pass: what bounds the memory.
-    on_block: called with the number of images after each block. shared: each rank scores the
-    images that are its own (`evaluation.sharing.share`), of which alone it asks for embeddings;
-    every rank must call, and gets all scores.
+    on_block: called with the number of images after each block.
+    own: the batches of images that are this rank's to score (`evaluation.sharing.own_blocks`), of
+    which alone embeddings are asked for; every rank must call, and gets all scores. None is all.
     """
     num_images, num_texts = image_feats.shape[0], text_feats.shape[0]
     if text.packing.num_sequences != num_texts:
@@ -66,9 +66,8 @@ def score_retrieval(
     of_text = _top_k_mask(itc, k, dim=0)
     itm = torch.full_like(itc, NOT_A_CANDIDATE)
     wanted = of_image | of_text
-    own = share(num_images) if shared else list(range(num_images))
-    for start in range(0, len(own), images_per_block):
-        block = own[start : start + images_per_block]
+    batches = [range(num_images)] if own is None else own
+    for block in (part for batch in batches for part in blocks(batch, images_per_block)):
         states = model.image_states(embeds_of(block), project=True)
         images, texts = wanted[block].nonzero(as_tuple=True)
         for pairs in _passes(
@@ -79,11 +78,8 @@ def score_retrieval(
             itm[[block[i] for i in rows], columns] = logits.to(itm.device)
         if on_block is not None:
             on_block(len(block))
-    if shared:
-        for numbers, values in gather((own, itm[own][wanted[own]].cpu())):
-            rows_of_rank = itm[numbers]
-            rows_of_rank[wanted[numbers]] = values.to(itm.device)
-            itm[numbers] = rows_of_rank
+    if own is not None:
+        _exchange(itm, wanted, [i for batch in own for i in batch])
     scores = itm + itc
     outside = torch.full_like(scores, NOT_A_CANDIDATE)
     return RetrievalScores(
@@ -92,6 +88,14 @@ def score_retrieval(
         torch.where(of_text, scores, outside),
         int(wanted.sum()),
     )
+
+
+def _exchange(scores: Tensor, wanted: Tensor, own: list[int]) -> None:
+    """Fills in the wanted scores of the other ranks' images."""
+    for numbers, values in gather((own, scores[own][wanted[own]].cpu())):
+        rows = scores[numbers]
+        rows[wanted[numbers]] = values.to(scores.device)
+        scores[numbers] = rows
 
 
 @dataclass(frozen=True)

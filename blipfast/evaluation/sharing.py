@@ -1,11 +1,12 @@
-"""Ranks share an evaluation: each takes every so-manieth item, and results come back by number.
+"""Ranks share an evaluation: each takes every so-manieth batch, and results come back by number.
 
-So nothing is counted twice, whatever the number of ranks, and no score depends on it.
+So nothing is counted twice, whatever the number of ranks. The batches do not depend on it either:
+rounding differs with what a batch holds, and would decide between equal texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -26,9 +27,14 @@ def share(count: int) -> list[int]:
     return list(range(rank(), count, world_size()))
 
 
-def blocks(items: list[int], size: int) -> list[list[int]]:
+def blocks(items: Sequence[int], size: int) -> list[list[int]]:
     """The items in batches of `size`."""
-    return [items[i : i + size] for i in range(0, len(items), size)]
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]
+
+
+def own_blocks(count: int, size: int) -> list[list[int]]:
+    """Which batches of `count` items are this rank's."""
+    return blocks(range(count), size)[rank() :: world_size()]
 
 
 def gather(own: Any) -> list[Any]:
