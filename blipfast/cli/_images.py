@@ -49,6 +49,7 @@ def retrieval(job: Job, records: Records) -> Outcome:
             job.model, kept, image_feats, packed, text_feats, k=job.values["k"] or 256,
             own=mine,
         )  # fmt: skip
+    speed = watch.speed("pairs", scores.pairs)
     ends = [0, *itertools.accumulate(len(its) for its in texts_of)]
     owned = [list(range(a, b)) for a, b in itertools.pairwise(ends)]
     best = scores.image_to_text.argmax(dim=1).tolist()
@@ -62,7 +63,7 @@ def retrieval(job: Job, records: Records) -> Outcome:
         "itc": recall_metrics(scores.itc, scores.itc, owned).to_dict(),
         "itm": recall_metrics(scores.image_to_text, scores.text_to_image, owned).to_dict(),
         "pairs_through_itm": scores.pairs,
-        "speed": watch.speed("pairs", scores.pairs),
+        "speed": speed,
     }
     found = [
         {"image_id": records[i].ids.get("image", records[i].key), "text": flat[best[i]]}

@@ -108,6 +108,7 @@ def video_retrieval(job: Job, clips: Clips) -> Outcome:
             job.model, kept, features, packed, text_feats, k=job.values["k"] or 128,
             images_per_block=2, own=mine,
         )  # fmt: skip
+    speed = watch.speed("pairs", scores.pairs)
     ends = [0, *itertools.accumulate(len(its) for its in texts_of)]
     owned = [list(range(a, b)) for a, b in itertools.pairwise(ends)]
     video_of = [number for number, its in enumerate(owned) for _ in its]
@@ -134,7 +135,7 @@ def video_retrieval(job: Job, clips: Clips) -> Outcome:
         "itc": directions(scores.itc, scores.itc),
         "itm": directions(scores.image_to_text, scores.text_to_image),
         "pairs_through_itm": scores.pairs,
-        "speed": watch.speed("pairs", scores.pairs),
+        "speed": speed,
     }
     rows = [{"text": text, "video": clips.videos[best[t]].name} for t, text in enumerate(flat)]
     files = {"video_retrieval.json": json.dumps(rows, ensure_ascii=False)}

@@ -141,8 +141,7 @@ def _tokenised(
             raise BlipfastError("pycocoevalcap's tokenizer ended early; look at Java's message")
         return found
 
-    truth = [[text for text in its if text.strip()] for its in references]
-    return cut(truth), cut([[text] for text in captions])
+    return cut([[t for t in its if t.strip()] for its in references]), cut([[t] for t in captions])
 
 
 def _line(text: str) -> str:
