@@ -102,7 +102,7 @@ OPTIONAL: tuple[Package, ...] = (
     Package("nvidia-dali", "nvidia.dali", "2.0", "decoding on CPU and GPU", None, _empty_dali),
     Package("tensorboard", "tensorboard", "2.15", "figures of a training run", "tensorboard"),
     Package("ray", "ray", "2.40", "CapFilt over many machines", "ray"),
-    Package("gradio", "gradio", "5", "the browser demo", "gradio"),
+    Package("gradio", "gradio", "6", "the page of `blipfast serve`", "gradio"),
     Package("pycocoevalcap", "pycocoevalcap", "1.2", "CIDEr, BLEU and ROUGE-L", "metrics"),
     Package("torchmetrics", "torchmetrics", "1.4", "BLEU and CLIPScore", "metrics"),
     Package("matplotlib", "matplotlib", "3.8", "plots of the demo and benchmarks", "demo"),
