@@ -17,7 +17,8 @@ FLOORS = (
     {"objectives", "generation"},
     {"tasks"},
     {"checkpoints", "evaluation"},
-    {"train", "capfilt"},
+    {"train"},
+    {"capfilt"},
     {"demo"},
     {"cli"},
 )

@@ -9,7 +9,8 @@ from blipfast.capfilt.decisions import (
     read_manifest,
 )
 from blipfast.capfilt.models import caption_records, model_hash, score_records
-from blipfast.capfilt.run import CapFiltReport, run_capfilt
+from blipfast.capfilt.report import CapFiltReport
+from blipfast.capfilt.run import run_capfilt, run_stage
 
 __all__ = [
     "Candidate",
@@ -22,5 +23,6 @@ __all__ = [
     "model_hash",
     "read_manifest",
     "run_capfilt",
+    "run_stage",
     "score_records",
 ]

@@ -6,64 +6,90 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from blipfast.errors import ConfigError
+from blipfast.train.config import described
 
-Method = Literal["nucleus", "beam"]
 Keep = Literal["both", "web", "synthetic"]
+Ensemble = Literal["mean", "min", "max"]
+Stage = Literal["caption", "score", "filter"]
 
 
 @dataclass(frozen=True)
 class CapFiltConfig:
-    """What `run_capfilt` reads, writes and how it decides (BLIP, section 3.3).
+    """What CapFilt reads, writes and how it decides (BLIP, section 3.3).
 
-    input: folder, file or glob of shards. output: folder for shards and manifest.
-    captioner, filter: checkpoints, anything that `load_model` reads; a captioner is not needed with
-    keep="web". vocabulary: vocab.txt; by default the one beside the filter.
-    method: "nucleus" samples (the paper's choice: diverse captions), "beam" searches.
-    captions_per_image: synthetic candidates, all judged. prompt: given to the captioner.
-    threshold: a text is kept when its ITM probability reaches it. synthetic_threshold: the same for
-    synthetic texts, by default also `threshold`: a captioner that errs often needs a stricter one.
-    keep: which texts may enter the new set. trusted: sources whose texts enter it unjudged.
-    seed: of the sampling; an image's captions depend on it and on the image's key alone.
-    shard_count, shard_bytes: limits of one output shard.
-    max_bad_fraction: share of unreadable records in one shard that stops the run.
+    Without captioners no text is added; without filters no text is judged and all are kept: with
+    `keep`, the rows of the paper's table of combinations. `keep` is "both", "web" or "synthetic".
+    An image's captions depend on the seed and on the image's key alone.
+    Raises ConfigError for a value out of range.
     """
 
-    input: str
-    output: str
-    captioner: str | None = None
-    filter: str | None = None
-    vocabulary: str | None = None
-    image_size: int | None = None
-    method: Method = "nucleus"
-    captions_per_image: int = 1
-    prompt: str = "a picture of "
-    top_p: float = 0.9
-    top_k: int = 50
-    repetition_penalty: float = 1.1
-    num_beams: int = 3
-    min_length: int = 5
-    max_length: int = 20
-    threshold: float = 0.5
-    synthetic_threshold: float | None = None
-    keep: Keep = "both"
-    trusted: tuple[str, ...] = ("human",)
-    seed: int = 0
-    batch_size: int = 32
-    max_text_tokens: int = 35
-    shard_count: int = 1000
-    shard_bytes: int = 256 << 20
-    max_bad_fraction: float = 0.1
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: str = "cpu"
+    input: str = described("", "folder, file or glob of .tar shards")
+    output: str = described("", "folder for the new shards and the manifest")
+    captioners: tuple[str, ...] = described((), "checkpoints that write captions")
+    filters: tuple[str, ...] = described((), "checkpoints that judge texts")
+    vocabulary: str | None = described(
+        None, "vocab.txt; by default the one beside the first filter"
+    )
+    image_size: int | None = described(None, "of both models; by default what they were saved at")
+    method: Literal["nucleus", "beam"] = described(
+        "nucleus", "nucleus samples diverse captions, as in the paper; beam searches"
+    )
+    captions_per_image: int = described(1, "synthetic texts of each captioner, all judged")
+    prompt: str = described("a picture of ", "what a caption follows")
+    top_p: float = described(0.9, "nucleus: least probability of the tokens sampled from")
+    top_k: int = described(50, "nucleus: most tokens sampled from; 0 has no limit")
+    repetition_penalty: float = described(1.1, "nucleus: of tokens said already")
+    num_beams: int = described(3, "beam: width of the search")
+    min_length: int = described(5, "tokens of a caption, the prompt included")
+    max_length: int = described(20, "tokens of a caption, the prompt included")
+    ensemble: Literal["mean", "min", "max"] = described(
+        "mean", "how the ITM of several filters becomes one"
+    )
+    threshold: float = described(0.5, "ITM probability from which a text is kept")
+    synthetic_threshold: float | None = described(
+        None, "the same for synthetic texts: a captioner that errs often needs a stricter one"
+    )
+    keep: Literal["both", "web", "synthetic"] = described(
+        "both", "which texts may enter the new set"
+    )
+    trusted: tuple[str, ...] = described(("human",), "sources whose texts enter it unjudged")
+    human: tuple[str, ...] = described((), "shards of human-written texts that join the new set")
+    seed: int = described(0, "of the sampling")
+    batch_size: int = described(32, "images at once in a model")
+    unit: int = described(128, "images that are saved together, and lost together by a kill")
+    max_text_tokens: int = described(35, "token limit of a judged text")
+    shard_count: int = described(1000, "most images of one output shard")
+    shard_bytes: int = described(256 << 20, "most bytes of one output shard")
+    max_bad_fraction: float = described(
+        0.1, "share of unreadable records in a shard that stops the run"
+    )
+    precision: Literal["fp32", "bf16"] = described("fp32", "bf16 computes under autocast")
+    device: str = described("auto", "cpu, cuda or auto")
+    threads: int = described(4, "that decode images")
+    work: str | None = described(
+        None, "folder of captions and scores; by default the output. Another run's spares the work"
+    )
+    runner: Literal["local", "ray"] = described(
+        "local", "local: this process, or the ranks of torchrun; ray: Ray Data (blipfast[ray])"
+    )
+    ray_models: int = described(1, "Ray: processes that hold the models, a card each on CUDA")
+    ray_decoders: int = described(2, "Ray: units that are read and decoded at a time")
 
     def __post_init__(self) -> None:
-        _choice("method", self.method, ("nucleus", "beam"))
-        _choice("keep", self.keep, ("both", "web", "synthetic"))
+        for name, allowed in (
+            ("method", Literal["nucleus", "beam"]), ("keep", Keep), ("ensemble", Ensemble),
+        ):  # fmt: skip
+            _choice(name, getattr(self, name), get_args(allowed))
         _choice("precision", self.precision, ("fp32", "bf16"))
-        for name in ("captions_per_image", "batch_size", "num_beams", "shard_count", "shard_bytes"):
+        _choice("runner", self.runner, ("local", "ray"))
+        for name in (
+            "captions_per_image", "batch_size", "unit", "num_beams", "shard_count", "shard_bytes",
+            "threads", "ray_models", "ray_decoders",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"capfilt.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("threshold", "synthetic_threshold", "max_bad_fraction"):
@@ -85,21 +111,38 @@ class CapFiltConfig:
                 f"{self.num_beams}: a beam search has no more results"
             )
 
+    @property
+    def work_folder(self) -> Path:
+        """Where captions and scores lie."""
+        return Path(self.work if self.work is not None else self.output)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def fingerprint(self, *models: str) -> str:
-        """Changes when the outcome may: with every setting but those of place, speed and device.
+    def fingerprint(self, stage: Stage, *models: str) -> str:
+        """Changes when the outcome of a stage may, of which its settings and models decide.
 
-        models: hashes of the models' weights.
+        models: hashes of their weights.
         """
-        free = {
-            "output", "batch_size", "device", "captioner", "filter", "vocabulary",
-            "max_bad_fraction",
-        }  # fmt: skip
-        settings = {k: v for k, v in self.to_dict().items() if k not in free}
+        names = [name for one in _SETTINGS[: STAGES.index(stage) + 1] for name in one]
+        settings = {name: getattr(self, name) for name in names}
         text = json.dumps([settings, *models], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+STAGES: tuple[Stage, ...] = get_args(Stage)
+# What decides the outcome of each stage, beside what decides that of the stages before it.
+_SETTINGS = (
+    (
+        "input", "image_size", "method", "captions_per_image", "prompt", "top_p", "top_k",
+        "repetition_penalty", "num_beams", "min_length", "max_length", "seed", "unit", "precision",
+    ),
+    ("max_text_tokens",),
+    (
+        "ensemble", "threshold", "synthetic_threshold", "keep", "trusted", "human", "shard_count",
+        "shard_bytes",
+    ),
+)  # fmt: skip
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from blipfast.capfilt.config import CapFiltConfig
-from blipfast.capfilt.decisions import SYNTHETIC, Candidate, Score
-from blipfast.data import BlipTokenizer, pre_caption
+from blipfast.capfilt.decisions import SYNTHETIC, Candidate, Score, says_something
+from blipfast.data import BlipTokenizer
 from blipfast.errors import DataError
 from blipfast.generation import caption_images
 from blipfast.models.blip import PackedText
@@ -40,6 +40,8 @@ def caption_records(
     keys: Sequence[str],
     pixel_values: Tensor,
     config: CapFiltConfig,
+    *,
+    writer: str | None = None,
 ) -> list[list[Candidate]]:
     """Synthetic captions, `captions_per_image` for each image; some may be empty.
 
@@ -49,6 +51,7 @@ def caption_records(
         keys: `B` names; with nucleus sampling they and `config.seed` decide the draws.
         pixel_values: `(B, 3, image_size, image_size)`, on the model's device.
         config: method, lengths and prompt.
+        writer: the captioner's hash, noted with each text.
     """
     if len(keys) != pixel_values.shape[0]:
         raise DataError(f"{len(keys)} keys came with {pixel_values.shape[0]} images")
@@ -71,7 +74,7 @@ def caption_records(
     )
     count = config.captions_per_image
     rows = (texts[i : i + count] for i in range(0, len(texts), count))
-    return [[Candidate(text.strip(), SYNTHETIC) for text in row] for row in rows]
+    return [[Candidate(text.strip(), SYNTHETIC, writer) for text in row] for row in rows]
 
 
 @torch.inference_mode()
@@ -118,12 +121,3 @@ def score_records(
     for (i, j, _), p, similarity in zip(wanted, itm.tolist(), itc.tolist(), strict=True):
         scores[i][j] = Score(p, similarity)
     return scores
-
-
-def says_something(text: str) -> bool:
-    """Whether a text has a word left after clean-up (and can be encoded at all)."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # lone surrogates
-        return False
-    return bool(pre_caption(text).strip())

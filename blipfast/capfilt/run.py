@@ -1,70 +1,35 @@
-"""CapFilt from shards to shards (BLIP, section 3.3, figure 3).
+"""CapFilt from shards to shards, in stages that also run as one (BLIP, section 3.3).
 
-Each input shard becomes output shards of the same stem and a part of the manifest. The part is put
-in place last and says that its shard is done, so that an interrupted run goes on with the next.
+`caption` and `score` work on units of images (`store`), on one process, the ranks of torchrun, or
+Ray. `filter` reads what they left and needs no model: for each input shard it writes output shards
+and then a part of the manifest, which says that the shard is done. So a run that was killed at any
+moment goes on, and no pair is lost, doubled or half-written.
 """
 
 from __future__ import annotations
 
-import contextlib
-import glob
-import json
-import os
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+import dataclasses
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from rich.progress import Progress
 
-from blipfast.capfilt.config import CapFiltConfig
-from blipfast.capfilt.decisions import (
-    Candidate,
-    Decision,
-    filter_candidates,
-    read_manifest,
-    write_lines,
-)
-from blipfast.capfilt.models import caption_records, model_hash, score_records
-from blipfast.checkpoints import load_model
-from blipfast.data import (
-    BlipTokenizer,
-    EvalTransform,
-    Record,
-    ShardReader,
-    ShardWriter,
-    TextEntry,
-    read_shards,
-)
+from blipfast.capfilt.config import CapFiltConfig, Stage
+from blipfast.capfilt.report import CapFiltReport
+from blipfast.capfilt.store import Mark, Unit, UnitStore, claim, units_of
+from blipfast.capfilt.work import Models, UnitImages, decoding_pool, load_vocabulary, read_unit
+from blipfast.capfilt.write import finish, write_shard
+from blipfast.data import BlipTokenizer, read_shards
+from blipfast.data.ahead import ahead
+from blipfast.data.index import RecordReader, index_shards
 from blipfast.errors import ConfigError, DataError
 from blipfast.tasks.caption import BlipForCaptioning
 from blipfast.tasks.retrieval import BlipForRetrieval
+from blipfast.train.progress import training_progress
+from blipfast.train.ranks import gather_objects, process_group, rank, world_size
+from blipfast.train.recipes import pick_device
 
-_PARTS = "manifest"
-_SETTINGS = "capfilt.json"
-
-
-@dataclass
-class CapFiltReport:
-    """What a run did.
-
-    texts: candidates by source. accepted: those in the new set, by source. images: read. kept:
-    with at least one accepted text. unreadable: set aside, named in the manifest. shards: the new
-    set. manifest: one row of JSON for each decision. skipped_shards: done by an earlier run.
-    """
-
-    shards: list[str]
-    manifest: str
-    texts: dict[str, int] = field(default_factory=dict)
-    accepted: dict[str, int] = field(default_factory=dict)
-    images: int = 0
-    kept: int = 0
-    unreadable: int = 0
-    skipped_shards: int = 0
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+_DAY = 86_400.0  # ranks wait for the slowest; torchrun ends them when one dies
 
 
 def run_capfilt(
@@ -75,245 +40,208 @@ def run_capfilt(
     tokenizer: BlipTokenizer | None = None,
     on_images: Callable[[int], None] | None = None,
 ) -> CapFiltReport:
-    """Captions, judges and writes a bootstrapped data set.
+    """Captions, judges and writes a bootstrapped data set: all stages.
 
     Args:
         config: see `CapFiltConfig`.
         captioner, filter_model, tokenizer: used in place of those that the config names.
-        on_images: called with the number of images after each batch.
+        on_images: called with the number of images after each unit.
 
     A run that was interrupted goes on where it was when called again with the same settings.
 
     Raises:
-        ConfigError: a model is not given, or the output is of a run with other settings.
+        ConfigError: neither captioner nor filter, or the output is of a run with other settings.
         DataError: no shards, too many unreadable records, the disk is full.
     """
-    run = _Run(config, captioner, filter_model, tokenizer, on_images)
-    return run.all()
+    models = None
+    if captioner is not None or filter_model is not None:
+        models = Models(
+            config,
+            [captioner] if captioner is not None else [],
+            [filter_model] if filter_model is not None else [],
+            tokenizer or load_vocabulary(config),
+        )
+    with process_group(pick_device(config.device), _DAY):
+        run = CapFiltRun(config, models, on_images)
+        run.score()
+        return run.filter()
 
 
-class _Run:
+def run_stage(config: CapFiltConfig, stage: Stage) -> CapFiltReport | None:
+    """One stage alone; `filter` returns the report. Raises as `run_capfilt` does."""
+    with process_group(pick_device(config.device), _DAY):
+        run = CapFiltRun(config)
+        if stage == "filter":
+            return run.filter()
+        run.caption() if stage == "caption" else run.score()
+        return None
+
+
+class CapFiltRun:
+    """The stages of one run, over its input's units.
+
+    models: in place of those that the config names, which are loaded when they are needed.
+    """
+
     def __init__(
         self,
         config: CapFiltConfig,
-        captioner: BlipForCaptioning | None,
-        filter_model: BlipForRetrieval | None,
-        tokenizer: BlipTokenizer | None,
-        on_images: Callable[[int], None] | None,
+        models: Models | None = None,
+        on_images: Callable[[int], None] | None = None,
     ) -> None:
-        self.config = config
-        self.inputs = _inputs(config.input)
-        self.filter = filter_model or _load(config, "filter", "retrieval")
-        self.captioner = captioner
-        if captioner is None and config.keep != "web":
-            self.captioner = _load(config, "captioner", "caption")
-        self.tokenizer = tokenizer or _vocabulary(config)
-        for model in (self.filter, self.captioner):
-            if model is not None:
-                model.to(config.device).eval()
-        self.filter_hash = model_hash(self.filter)
-        self.captioner_hash = None if self.captioner is None else model_hash(self.captioner)
-        self.transform = EvalTransform(self.filter.config.vision.image_size)
-        self.caption_transform = self.transform
-        if self.captioner is not None:
-            self.caption_transform = EvalTransform(self.captioner.config.vision.image_size)
-        self.on_images = on_images
-        self.output = Path(config.output)
-        self.parts = self.output / _PARTS
+        if not config.input or not config.output:
+            raise ConfigError("capfilt.input and capfilt.output must be given")
+        self.config, self.on_images = config, on_images
+        self.indices = {index.shard.stem: index for index in index_shards(input_shards(config))}
+        self.units = units_of(self.indices.values(), config.unit)
+        self.captions = UnitStore(config.work_folder / "captions")
+        self.scores = UnitStore(config.work_folder / "scores")
+        self._models = models
 
-    def all(self) -> CapFiltReport:
-        self._claim_output()
-        skipped = 0
-        for stem, shard in self.inputs.items():
-            if (self.parts / f"{stem}.jsonl").exists():
-                skipped += 1
-            else:
-                self._shard(stem, shard)
-        return self._finish(skipped)
+    @property
+    def models(self) -> Models:
+        if self._models is None:
+            self._models = Models.load(self.config)
+        return self._models
 
-    def _claim_output(self) -> None:
-        """Makes the folder, or makes sure that it is of a run with these settings and models."""
-        mark = self.config.fingerprint(self.filter_hash, self.captioner_hash or "")
-        settings = self.output / _SETTINGS
-        try:
-            self.parts.mkdir(parents=True, exist_ok=True)
-            found = json.loads(settings.read_text())["fingerprint"] if settings.exists() else mark
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"cannot use the output folder {self.output}: {error}") from error
-        if found != mark:
-            raise ConfigError(
-                f"{self.output} holds the output of a run with other settings or models; choose "
-                "another output folder, or delete this one"
-            )
-        body = {"fingerprint": mark, "config": self.config.to_dict()}
-        write_lines(settings, [json.dumps(body, indent=1)])
-
-    def _shard(self, stem: str, shard: Path) -> None:
-        for left_over in self.output.glob(f"{glob.escape(stem)}-[0-9]*.tar"):
-            left_over.unlink()  # whole, but of a shard that was not
-        reader = read_shards([shard], max_bad_fraction=1.0, verify_images=False)
-        decisions: list[Decision] = []
-        images = 0
-        with ShardWriter(
-            self.output, stem, max_count=self.config.shard_count, max_bytes=self.config.shard_bytes
-        ) as writer:
-            for records in _batches(reader, self.config.batch_size):
-                images += len(records)
-                decisions += self._batch(records, writer)
-                if self.on_images is not None:
-                    self.on_images(len(records))
-            for bad in reader.quarantine:
-                decisions.append(self._unreadable(bad.key or f"{stem} (rest)", bad.reason))
-            self._check_bad(shard, decisions, images + len(reader.quarantine))
-        write_lines(self.parts / f"{stem}.jsonl", [d.to_json() for d in decisions])
-
-    def _check_bad(self, shard: Path, decisions: list[Decision], seen: int) -> None:
-        bad = [d for d in decisions if d.text is None]
-        if len(bad) > self.config.max_bad_fraction * seen:
-            shown = "; ".join(f"{d.key}: {d.reason}" for d in bad[:3])
-            raise DataError(
-                f"{len(bad)} of {seen} records of {shard} cannot be read, more than "
-                f"max_bad_fraction={self.config.max_bad_fraction} allows. First ones: {shown}"
-            )
-
-    def _unreadable(self, key: str, reason: str) -> Decision:
-        seed = self.config.seed
-        return Decision(key, None, "image", None, None, False, reason, None, None, seed)
-
-    def _batch(self, records: list[Record], writer: ShardWriter) -> list[Decision]:
-        """Judges some images, writes those with an accepted text, and returns all decisions."""
-        good, pixels, caption_pixels, decisions = [], [], [], []
-        for record in records:
-            try:
-                pixels.append(self.transform(record.image, record.key))
-                caption_pixels.append(self._for_captioner(record, pixels[-1]))
-                good.append(record)
-            except DataError as error:
-                decisions.append(self._unreadable(record.key, str(error)))
-        if not good:
-            return decisions
-        written = self._candidates(good, torch.stack(caption_pixels))
-        device = self.config.device
-        with _precision(self.config):
-            scores = score_records(
-                self.filter, self.tokenizer, torch.stack(pixels).to(device), written, self.config
-            )
-        for record, candidates, its in zip(good, written, scores, strict=True):
-            rows = self._decide(record.key, candidates, its)
-            decisions += rows
-            texts = tuple(TextEntry(d.text or "", d.source) for d in rows if d.accepted)
-            if texts:
-                writer.write(replace(record, texts=texts))
-        return decisions
-
-    def _for_captioner(self, record: Record, pixels: Tensor) -> Tensor:
-        if self.caption_transform.image_size == self.transform.image_size:
-            return pixels
-        return self.caption_transform(record.image, record.key)
-
-    def _candidates(self, records: list[Record], pixel_values: Tensor) -> list[list[Candidate]]:
-        own = [[Candidate(t.text, t.source) for t in record.texts] for record in records]
-        if self.captioner is None:
-            return own
-        keys = [record.key for record in records]
-        with _precision(self.config):
-            synthetic = caption_records(
-                self.captioner,
-                self.tokenizer,
-                keys,
-                pixel_values.to(self.config.device),
-                self.config,
-            )
-        return [a + b for a, b in zip(own, synthetic, strict=True)]
-
-    def _decide(self, key: str, candidates: list[Candidate], scores: list) -> list[Decision]:
-        return filter_candidates(
-            key,
-            candidates,
-            scores,
-            threshold=self.config.threshold,
-            synthetic_threshold=self.config.synthetic_threshold,
-            keep=self.config.keep,
-            trusted=self.config.trusted,
-            filter_hash=self.filter_hash,
-            captioner_hash=self.captioner_hash,
-            seed=self.config.seed,
+    def caption(self) -> None:
+        """Writes captions of all images. Raises ConfigError without a captioner."""
+        if not self.config.captioners and self._models is None:
+            raise ConfigError("capfilt.captioners is empty: name the checkpoint of a captioner")
+        mark = Mark(
+            self.config.fingerprint("caption", *self.models.captioner_hashes),
+            self.models.captioner_hashes,
         )
+        self._work(self.captions, mark, "caption")
 
-    def _finish(self, skipped: int) -> CapFiltReport:
-        """One manifest of all parts, and the counts."""
-        manifest = self.output / "manifest.jsonl"
-        texts, accepted = Counter[str](), Counter[str]()
-        images, kept, unreadable = set(), set(), 0
+    def score(self) -> None:
+        """Judges all texts, and writes the captions that no earlier stage has written."""
+        if not (self.config.captioners or self.config.filters or self._models is not None):
+            if self.scores.read_mark() is None:
+                raise ConfigError(
+                    "neither capfilt.captioners nor capfilt.filters is given: name a checkpoint"
+                )
+            return  # done by another run
+        written = self.captions.read_mark()
+        captioners = self.models.captioner_hashes or (written.captioners if written else ())
+        if written is not None and written.fingerprint != self.config.fingerprint(
+            "caption", *captioners
+        ):
+            raise ConfigError(
+                f"{self.captions.folder} holds captions of other settings or models; choose "
+                "another output (or work) folder, or delete this one"
+            )
+        filters = self.models.filter_hashes
+        fingerprint = self.config.fingerprint("score", *captioners, "", *filters)
+        self._work(self.scores, Mark(fingerprint, captioners, filters), "score")
 
-        def rows() -> Iterator[str]:
-            nonlocal unreadable
-            for stem in self.inputs:
-                for row in read_manifest(self.parts / f"{stem}.jsonl"):
-                    if row.text is None:
-                        unreadable += 1
-                    else:
-                        images.add((stem, row.key))
-                        texts[row.source] += 1
-                    if row.accepted:
-                        kept.add((stem, row.key))
-                        accepted[row.source] += 1
-                    yield row.to_json()
+    def filter(self) -> CapFiltReport:
+        """Decides by the scores, and writes shards and manifest; needs no model."""
+        scored = self.scores.read_mark()
+        if scored is None:
+            raise ConfigError(
+                f"{self.scores.folder} is missing: run the stage `score`, or name by work= the "
+                "folder of a run that has scores"
+            )
+        own = self.config.fingerprint("score", *scored.captioners, "", *scored.filters)
+        if own != scored.fingerprint:
+            raise ConfigError(
+                f"{self.scores.folder} is of a run with other settings: give the same input, unit "
+                "and captioning settings"
+            )
+        fingerprint = self.config.fingerprint("filter", *scored.captioners, "", *scored.filters)
+        mark = dataclasses.replace(scored, fingerprint=fingerprint)
+        output = Path(self.config.output)
+        claim(output / "capfilt.json", mark, self.config.to_dict())
+        indices = list(self.indices.values())
+        skipped = 0
+        for index in indices[rank() :: world_size()]:
+            units = [unit for unit in self.units if unit.stem == index.shard.stem]
+            rows = (row for unit in units for row in self.scores.read(unit))
+            skipped += not write_shard(self.config, index, rows, mark)
+        skipped = sum(gather_objects(skipped))
+        report = CapFiltReport()
+        if rank() == 0:
+            report = finish(self.config, list(self.indices), skipped)
+        return gather_objects(report)[0]
 
-        write_lines(manifest, rows())
-        shards = [
-            str(path)
-            for stem in self.inputs
-            for path in sorted(self.output.glob(f"{glob.escape(stem)}-[0-9]*.tar"))
-        ]
-        report = CapFiltReport(
-            shards, str(manifest), dict(texts), dict(accepted), len(images), len(kept), unreadable,
-            skipped,
-        )  # fmt: skip
-        write_lines(self.output / "report.json", [report.to_json()])
-        return report
+    def _work(self, store: UnitStore, mark: Mark, stage: Stage) -> None:
+        """Brings all units of a stage into its store, by this process, all ranks, or Ray."""
+        store.claim(mark, self.config.to_dict())
+        if rank() == 0:
+            for left_over in store.folder.rglob(".*.tmp-*"):
+                left_over.unlink(missing_ok=True)
+        # Rank 0's list for all: others may already see units that it has finished since.
+        todo = gather_objects([unit for unit in self.units if not store.done(unit)])[0]
+        with self._progress() as progress:
+            bar = progress.add_task(stage, total=sum(u.stop - u.start for u in todo), rate="")
+            for unit in self._finished(store, todo, stage):
+                progress.advance(bar, (unit.stop - unit.start) * self._abreast)
+                if self.on_images is not None:
+                    self.on_images(unit.stop - unit.start)
+        gather_objects(None)  # the next stage reads what other ranks have written
+
+    @property
+    def _abreast(self) -> int:
+        """Units that are done in the time of one: this rank's bar speaks for all."""
+        return world_size() if self.config.runner == "local" else 1
+
+    def _progress(self) -> Progress:
+        return training_progress(disable=rank() > 0 or self.on_images is not None)
+
+    def _finished(self, store: UnitStore, todo: list[Unit], stage: Stage) -> Iterable[Unit]:
+        """Does the units and names each when it is written."""
+        if self.config.runner == "ray":
+            from blipfast.capfilt.ray_data import work_on_ray
+
+            yield from work_on_ray(self, store, todo, stage)
+            return
+        own = todo[rank() :: world_size()]
+        with decoding_pool(self.config) as pool:
+            reader = RecordReader()
+            sides = self.models.sides
+            decoded = (
+                (unit, read_unit(unit, self.indices[unit.stem], reader, sides, pool))
+                for unit in own
+            )
+            for unit, images in ahead(decoded, depth=1):
+                work_on_unit(self.models, self.captions, store, unit, images, stage)
+                yield unit
+            reader.close()
 
 
-def _inputs(pattern: str) -> dict[str, Path]:
-    """Input shards by stem, which names what comes of them."""
+def work_on_unit(
+    models: Models,
+    captions: UnitStore,
+    store: UnitStore,
+    unit: Unit,
+    images: UnitImages,
+    stage: Stage,
+) -> None:
+    """Captions a unit, or judges it with the captions that are there or that it then writes."""
+    if stage == "caption":
+        store.write(unit, models.captioned(images))
+        return
+    if captions.done(unit):
+        written = captions.read(unit)
+    elif models.captioners or captions.read_mark() is None:
+        written = models.captioned(images)
+    else:
+        raise DataError(
+            f"{captions.folder / unit.name} is missing: finish the stage `caption`, or give its "
+            "captioners"
+        )
+    store.write(unit, models.judged(images, written))
+
+
+def input_shards(config: CapFiltConfig) -> list[Path]:
+    """Input shards, whose stems name what comes of them. Raises ConfigError for equal ones."""
     shards: dict[str, Path] = {}
-    for path in read_shards(pattern).shards:
+    for path in read_shards(config.input).shards:
         if path.stem in shards:
             raise ConfigError(
                 f"two input shards are called {path.name} ({shards[path.stem]} and {path}): run "
                 "CapFilt on each folder by itself"
             )
         shards[path.stem] = path
-    return shards
-
-
-def _batches(reader: ShardReader, size: int) -> Iterator[list[Record]]:
-    records: list[Record] = []
-    for record in reader:
-        records.append(record)
-        if len(records) == size:
-            yield records
-            records = []
-    if records:
-        yield records
-
-
-def _precision(config: CapFiltConfig) -> contextlib.AbstractContextManager:
-    device = torch.device(config.device).type
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=config.precision == "bf16")
-
-
-def _load(config: CapFiltConfig, role: str, task: str):  # type: ignore[no-untyped-def]
-    source = getattr(config, role)
-    if source is None:
-        raise ConfigError(f"capfilt.{role} is not given: name the checkpoint of a {task} model")
-    return load_model(source, task, image_size=config.image_size)
-
-
-def _vocabulary(config: CapFiltConfig) -> BlipTokenizer:
-    if config.vocabulary is not None:
-        return BlipTokenizer.from_file(config.vocabulary)
-    folder = os.fspath(config.filter or "")
-    if not os.path.isdir(folder):
-        raise ConfigError("capfilt.vocabulary is not given, and no vocab.txt lies with the filter")
-    return BlipTokenizer.from_pretrained_dir(folder)
+    return list(shards.values())

@@ -154,8 +154,9 @@ class _Job:
         config = CapFiltConfig(
             input=str(self.out / "web"),
             output=str(self.out / "bootstrapped-shards"),
-            captioner=str(self.out / "noisy-captioner"),
-            filter=str(self.out / "filter"),
+            captioners=(str(self.out / "noisy-captioner"),),
+            filters=(str(self.out / "filter"),),
+            device="cpu",
             prompt=s.prompt,
             min_length=6,
             max_length=30,

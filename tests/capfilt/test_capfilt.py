@@ -25,7 +25,7 @@ from blipfast.capfilt import (
     run_capfilt,
     score_records,
 )
-from blipfast.capfilt import run as run_module
+from blipfast.capfilt import work as work_module
 from blipfast.checkpoints import save_model
 from blipfast.data import BlipTokenizer, Record, ShardWriter, TextEntry, read_shards
 from blipfast.errors import ConfigError, DataError
@@ -75,8 +75,8 @@ def shards(tmp_path: Path) -> Path:
 
 def _config(shards: Path, output: Path, **changes) -> CapFiltConfig:
     return CapFiltConfig(
-        input=str(shards), output=str(output), batch_size=4, max_length=12, prompt="a picture of",
-        captions_per_image=2, **changes,
+        input=str(shards), output=str(output), batch_size=4, unit=4, max_length=12,
+        prompt="a picture of", captions_per_image=2, **changes,
     )  # fmt: skip
 
 
@@ -154,25 +154,32 @@ def test_resumes_after_an_interruption(shards, tmp_path, models, monkeypatch) ->
     _run(whole, models)
     cut = _config(shards, tmp_path / "cut")
     seen = []
-    score = run_module.score_records
+    score = work_module.score_records
 
     def interrupted(*args):
         seen.append(1)
-        if len(seen) == 4:  # in the second shard, after its first batch was written
+        if len(seen) == 4:  # in the second shard, after its first unit was written
             raise KeyboardInterrupt
         return score(*args)
 
-    monkeypatch.setattr(run_module, "score_records", interrupted)
+    monkeypatch.setattr(work_module, "score_records", interrupted)
     with pytest.raises(KeyboardInterrupt):
         _run(cut, models)
-    left = sorted(p.name for p in Path(cut.output).rglob("*") if p.is_file())
-    assert left == ["capfilt.json", "web-000000-000000.tar", "web-000000.jsonl"]
-    monkeypatch.setattr(run_module, "score_records", score)
-    assert _run(cut, models).skipped_shards == 1
+    left = sorted(str(p.relative_to(cut.output)) for p in Path(cut.output).rglob("*.jsonl"))
+    assert left == [
+        "scores/web-000000/00000000.jsonl",
+        "scores/web-000000/00000004.jsonl",
+        "scores/web-000001/00000000.jsonl",
+    ]
+    again = []
+    monkeypatch.setattr(work_module, "score_records", lambda *a: again.append(1) or score(*a))
+    _run(cut, models)
+    assert len(again) == 2  # units of the second and third shard
     names = {p.name for p in Path(whole.output).glob("*.tar")}
     assert names == {p.name for p in Path(cut.output).glob("*.tar")}
     for name in [*names, "manifest.jsonl"]:
         assert (Path(whole.output) / name).read_bytes() == (Path(cut.output) / name).read_bytes()
+    assert _run(cut, models).skipped_shards == 3
 
 
 def test_output_of_other_settings_is_not_mixed(shards, tmp_path, models) -> None:
@@ -254,19 +261,22 @@ def test_filter_candidates_by_hand() -> None:
         Candidate("c", "human"), Candidate("", "synthetic"), Candidate("d", "web"),
     ]  # fmt: skip
     scores = [Score(0.5, 0), Score(0.8, 0), Score(0.8, 0), Score(0.1, 0), None, Score(0.49, 0)]
-    rows = filter_candidates("k", texts, scores, threshold=0.5, trusted=("human",))
+    options = {"threshold": 0.5, "filter_hash": "f"}
+    rows = filter_candidates("k", texts, scores, trusted=("human",), **options)
     assert [r.accepted for r in rows] == [True, True, False, True, False, False]
     assert [r.reason for r in rows] == [
         "", "", "same as an accepted text of this image", "trusted source", "empty text", "",
     ]  # fmt: skip
     with pytest.raises(DataError, match="6 texts, but 1 scores"):
-        filter_candidates("k", texts, scores[:1], threshold=0.5)
+        filter_candidates("k", texts, scores[:1], **options)
 
 
 def test_a_stricter_threshold_for_synthetic_texts() -> None:
     texts = [Candidate("a", "web"), Candidate("b", "synthetic"), Candidate("c", "synthetic")]
     scores = [Score(0.5, 0), Score(0.5, 0), Score(0.9, 0)]
-    rows = filter_candidates("k", texts, scores, threshold=0.5, synthetic_threshold=0.6)
+    rows = filter_candidates(
+        "k", texts, scores, threshold=0.5, synthetic_threshold=0.6, filter_hash="f"
+    )
     assert [r.accepted for r in rows] == [True, False, True]
 
 
@@ -275,8 +285,8 @@ def test_models_from_checkpoints(shards, tmp_path, models) -> None:
     save_model(captioner, tmp_path / "captioner")
     save_model(judge, tmp_path / "filter")
     config = _config(
-        shards, tmp_path / "out", captioner=str(tmp_path / "captioner"),
-        filter=str(tmp_path / "filter"),
+        shards, tmp_path / "out", captioners=(str(tmp_path / "captioner"),),
+        filters=(str(tmp_path / "filter"),),
     )  # fmt: skip
     with pytest.raises(DataError, match="vocab"):
         run_capfilt(config)
@@ -286,8 +296,10 @@ def test_models_from_checkpoints(shards, tmp_path, models) -> None:
     _run(direct, models)
     manifest = (tmp_path / "out" / "manifest.jsonl").read_text()
     assert manifest == (tmp_path / "direct" / "manifest.jsonl").read_text()
-    with pytest.raises(ConfigError, match="filter is not given"):
-        run_capfilt(dataclasses.replace(config, filter=None, output=str(tmp_path / "x")))
+    with pytest.raises(ConfigError, match="neither"):
+        run_capfilt(
+            dataclasses.replace(config, filters=(), captioners=(), output=str(tmp_path / "x"))
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,192 @@
+"""One unit of images: read, captioned and judged. The same on one machine, on ranks and on Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blipfast.capfilt.config import CapFiltConfig
+from blipfast.capfilt.decisions import Candidate
+from blipfast.capfilt.models import caption_records, model_hash, score_records
+from blipfast.capfilt.store import ImageRow, JudgedText, Unit
+from blipfast.checkpoints import load_model
+from blipfast.data import BlipTokenizer, load_image
+from blipfast.data.augment import View
+from blipfast.data.images import normalise
+from blipfast.data.index import RecordReader, ShardIndex
+from blipfast.errors import ConfigError, DataError
+from blipfast.tasks.caption import BlipForCaptioning
+from blipfast.tasks.retrieval import BlipForRetrieval
+from blipfast.train.recipes import pick_device
+
+
+@dataclass
+class UnitImages:
+    """The images of a unit as numbers and words alone, so that they travel between processes.
+
+    keys: of all records. errors: why those that cannot be read cannot. texts: `(text, source)` of
+    each record. good: places of the readable ones, `G` of them.
+    pixels: for each image size `(G, side, side, 3)` uint8.
+    """
+
+    keys: list[str]
+    errors: dict[int, str]
+    texts: list[list[tuple[str, str]]]
+    good: list[int]
+    pixels: dict[int, np.ndarray]
+
+
+def read_unit(
+    unit: Unit, index: ShardIndex, reader: RecordReader, sides: Iterable[int], pool: Executor
+) -> UnitImages:
+    """Reads and decodes a unit's images, each once, to squares of every side."""
+    sides = sorted(set(sides))
+
+    def one(row: int) -> tuple[list[tuple[str, str]], list[np.ndarray] | str]:
+        texts: list[tuple[str, str]] = []
+        try:
+            record = reader.read(index, row)
+            texts = [(entry.text, entry.source) for entry in record.texts]
+            image = load_image(record.image, record.key)
+            box = (0, 0, image.width, image.height)
+            return texts, [np.asarray(View(side, box).of(image)) for side in sides]
+        except DataError as error:
+            return texts, str(error)
+
+    found = list(pool.map(one, range(unit.start, unit.stop)))
+    errors = {i: squares for i, (_, squares) in enumerate(found) if isinstance(squares, str)}
+    good = [i for i in range(len(found)) if i not in errors]
+    pixels = {
+        side: np.stack([found[i][1][at] for i in good])  # type: ignore[misc]
+        for at, side in enumerate(sides)
+        if good
+    }
+    keys = [index.keys[row].decode() for row in range(unit.start, unit.stop)]
+    return UnitImages(keys, errors, [texts for texts, _ in found], good, pixels)
+
+
+class Models:
+    """The captioners and filters of a run, on their device.
+
+    Raises ConfigError when a checkpoint or the vocabulary is not given, or models do not agree.
+    """
+
+    def __init__(
+        self,
+        config: CapFiltConfig,
+        captioners: Sequence[BlipForCaptioning],
+        filters: Sequence[BlipForRetrieval],
+        tokenizer: BlipTokenizer,
+    ) -> None:
+        self.config = config
+        self.device = pick_device(config.device)
+        self.captioners = [model.to(self.device).eval() for model in captioners]
+        self.filters = [model.to(self.device).eval() for model in filters]
+        self.tokenizer = tokenizer
+        self.captioner_hashes = tuple(map(model_hash, captioners))
+        self.filter_hashes = tuple(map(model_hash, filters))
+
+    @classmethod
+    def load(cls, config: CapFiltConfig) -> Models:
+        """Those that the settings name; no captioner where its texts would not be kept."""
+        size = config.image_size
+        writers = config.captioners if config.keep != "web" else ()
+        captioners = [load_model(path, "caption", image_size=size) for path in writers]
+        filters = [load_model(path, "retrieval", image_size=size) for path in config.filters]
+        return cls(config, captioners, filters, load_vocabulary(config))
+
+    @property
+    def sides(self) -> set[int]:
+        """Of the squares that the models look at, in pixels."""
+        return {*map(_side, self.captioners), *map(_side, self.filters)}
+
+    def captioned(self, images: UnitImages) -> list[ImageRow]:
+        """What the captioners write about each image; no text that came with it."""
+        candidates: list[list[Candidate]] = [[] for _ in images.good]
+        for model, writer in zip(self.captioners, self.captioner_hashes, strict=True):
+            keys = [images.keys[i] for i in images.good]
+            for start, pixels in self._batches(images, _side(model)):
+                with self._precision():
+                    found = caption_records(
+                        model, self.tokenizer, keys[start : start + len(pixels)], pixels,
+                        self.config, writer=writer,
+                    )  # fmt: skip
+                for i, texts in enumerate(found, start):
+                    candidates[i] += texts
+        return _rows(images, [[_unjudged(one) for one in its] for its in candidates])
+
+    def judged(self, images: UnitImages, written: Sequence[ImageRow]) -> list[ImageRow]:
+        """Every text of each image, its own first, with what the filters think of it.
+
+        written: of all records of the unit, what `captioned` gave.
+        """
+        candidates = [
+            [Candidate(text, source) for text, source in images.texts[i]]
+            + [Candidate(one.text, one.source, one.captioner) for one in written[i].texts]
+            for i in images.good
+        ]
+        texts = [[_unjudged(one) for one in its] for its in candidates]
+        for model in self.filters:
+            for start, pixels in self._batches(images, _side(model)):
+                asked = candidates[start : start + len(pixels)]
+                with self._precision():
+                    scores = score_records(model, self.tokenizer, pixels, asked, self.config)
+                for i, its in enumerate(scores, start):
+                    texts[i] = [
+                        one if score is None else _with(one, score.itm, score.itc)
+                        for one, score in zip(texts[i], its, strict=True)
+                    ]
+        return _rows(images, texts)
+
+    def _batches(self, images: UnitImages, side: int) -> Iterable[tuple[int, Tensor]]:
+        """The readable images, `batch_size` at a time, with the place of the first."""
+        for start in range(0, len(images.good), self.config.batch_size):
+            block = images.pixels[side][start : start + self.config.batch_size]
+            yield start, normalise(torch.from_numpy(block).to(self.device))
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        on = self.config.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+
+
+def decoding_pool(config: CapFiltConfig) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(config.threads, "blipfast-capfilt")
+
+
+def load_vocabulary(config: CapFiltConfig) -> BlipTokenizer:
+    """The vocabulary given, or the one beside a model. Raises ConfigError when there is neither."""
+    if config.vocabulary is not None:
+        return BlipTokenizer.from_file(config.vocabulary)
+    folders = [path for path in (*config.filters, *config.captioners) if os.path.isdir(path)]
+    if not folders:
+        raise ConfigError("capfilt.vocabulary is not given, and no vocab.txt lies with a model")
+    return BlipTokenizer.from_pretrained_dir(folders[0])
+
+
+def _side(model: BlipForCaptioning | BlipForRetrieval) -> int:
+    return model.config.vision.image_size
+
+
+def _unjudged(one: Candidate) -> JudgedText:
+    return JudgedText(one.text, one.source, one.captioner)
+
+
+def _with(one: JudgedText, itm: float, itc: float) -> JudgedText:
+    scores = (*(one.itm or ()), itm), (*(one.itc or ()), itc)
+    return JudgedText(one.text, one.source, one.captioner, *scores)
+
+
+def _rows(images: UnitImages, texts: Sequence[Sequence[JudgedText]]) -> list[ImageRow]:
+    """A row for each record: `texts` are those of the readable ones."""
+    of = dict(zip(images.good, texts, strict=True))
+    return [
+        ImageRow(key, tuple(of.get(i, ())), images.errors.get(i))
+        for i, key in enumerate(images.keys)
+    ]
