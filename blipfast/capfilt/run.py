@@ -17,12 +17,18 @@ from rich.progress import Progress
 from blipfast.capfilt.config import CapFiltConfig, Stage
 from blipfast.capfilt.report import CapFiltReport
 from blipfast.capfilt.store import Mark, Unit, UnitStore, claim, units_of
-from blipfast.capfilt.work import Models, UnitImages, decoding_pool, load_vocabulary, read_unit
+from blipfast.capfilt.work import (
+    Models,
+    decoding_pool,
+    load_vocabulary,
+    read_unit,
+    work_on_unit,
+)
 from blipfast.capfilt.write import finish, write_shard
 from blipfast.data import BlipTokenizer, read_shards
 from blipfast.data.ahead import ahead
 from blipfast.data.index import RecordReader, index_shards
-from blipfast.errors import ConfigError, DataError
+from blipfast.errors import ConfigError
 from blipfast.tasks.caption import BlipForCaptioning
 from blipfast.tasks.retrieval import BlipForRetrieval
 from blipfast.train.progress import training_progress
@@ -96,17 +102,21 @@ class CapFiltRun:
         self.units = units_of(self.indices.values(), config.unit)
         self.captions = UnitStore(config.work_folder / "captions")
         self.scores = UnitStore(config.work_folder / "scores")
+        self.models_given = models is not None
         self._models = models
 
     @property
     def models(self) -> Models:
         if self._models is None:
-            self._models = Models.load(self.config)
+            config = self.config
+            if config.runner == "ray":  # this process only names them
+                config = dataclasses.replace(config, device="cpu")
+            self._models = Models.load(config)
         return self._models
 
     def caption(self) -> None:
         """Writes captions of all images. Raises ConfigError without a captioner."""
-        if not self.config.captioners and self._models is None:
+        if not self.config.captioners and not self.models_given:
             raise ConfigError("capfilt.captioners is empty: name the checkpoint of a captioner")
         mark = Mark(
             self.config.fingerprint("caption", *self.models.captioner_hashes),
@@ -116,7 +126,7 @@ class CapFiltRun:
 
     def score(self) -> None:
         """Judges all texts, and writes the captions that no earlier stage has written."""
-        if not (self.config.captioners or self.config.filters or self._models is not None):
+        if not (self.config.captioners or self.config.filters or self.models_given):
             if self.scores.read_mark() is None:
                 raise ConfigError(
                     "neither capfilt.captioners nor capfilt.filters is given: name a checkpoint"
@@ -208,30 +218,6 @@ class CapFiltRun:
                 work_on_unit(self.models, self.captions, store, unit, images, stage)
                 yield unit
             reader.close()
-
-
-def work_on_unit(
-    models: Models,
-    captions: UnitStore,
-    store: UnitStore,
-    unit: Unit,
-    images: UnitImages,
-    stage: Stage,
-) -> None:
-    """Captions a unit, or judges it with the captions that are there or that it then writes."""
-    if stage == "caption":
-        store.write(unit, models.captioned(images))
-        return
-    if captions.done(unit):
-        written = captions.read(unit)
-    elif models.captioners or captions.read_mark() is None:
-        written = models.captioned(images)
-    else:
-        raise DataError(
-            f"{captions.folder / unit.name} is missing: finish the stage `caption`, or give its "
-            "captioners"
-        )
-    store.write(unit, models.judged(images, written))
 
 
 def input_shards(config: CapFiltConfig) -> list[Path]:

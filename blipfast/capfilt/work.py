@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blipfast.capfilt.config import CapFiltConfig
+from blipfast.capfilt.config import CapFiltConfig, Stage
 from blipfast.capfilt.decisions import Candidate
 from blipfast.capfilt.models import caption_records, model_hash, score_records
-from blipfast.capfilt.store import ImageRow, JudgedText, Unit
+from blipfast.capfilt.store import ImageRow, JudgedText, Unit, UnitStore
 from blipfast.checkpoints import load_model
 from blipfast.data import BlipTokenizer, load_image
 from blipfast.data.augment import View
@@ -63,10 +63,10 @@ def read_unit(
     found = list(pool.map(one, range(unit.start, unit.stop)))
     errors = {i: squares for i, (_, squares) in enumerate(found) if isinstance(squares, str)}
     good = [i for i in range(len(found)) if i not in errors]
+    empty = np.empty((0, 1, 1, 3), np.uint8)
     pixels = {
-        side: np.stack([found[i][1][at] for i in good])  # type: ignore[misc]
+        side: np.stack([found[i][1][at] for i in good]) if good else empty  # type: ignore[misc]
         for at, side in enumerate(sides)
-        if good
     }
     keys = [index.keys[row].decode() for row in range(unit.start, unit.stop)]
     return UnitImages(keys, errors, [texts for texts, _ in found], good, pixels)
@@ -154,6 +154,30 @@ class Models:
     def _precision(self) -> contextlib.AbstractContextManager:
         on = self.config.precision == "bf16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+
+
+def work_on_unit(
+    models: Models,
+    captions: UnitStore,
+    store: UnitStore,
+    unit: Unit,
+    images: UnitImages,
+    stage: Stage,
+) -> None:
+    """Captions a unit, or judges it with the captions that are there or that it then writes."""
+    if stage == "caption":
+        store.write(unit, models.captioned(images))
+        return
+    if captions.done(unit):
+        written = captions.read(unit)
+    elif models.captioners or captions.read_mark() is None:
+        written = models.captioned(images)
+    else:
+        raise DataError(
+            f"{captions.folder / unit.name} is missing: finish the stage `caption`, or give its "
+            "captioners"
+        )
+    store.write(unit, models.judged(images, written))
 
 
 def decoding_pool(config: CapFiltConfig) -> ThreadPoolExecutor:

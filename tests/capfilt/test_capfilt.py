@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import shutil
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))
+from web_set import jpeg, record
 
 from blipfast.capfilt import (
     Candidate,
@@ -26,51 +28,9 @@ from blipfast.capfilt import (
     score_records,
 )
 from blipfast.capfilt import work as work_module
-from blipfast.checkpoints import save_model
-from blipfast.data import BlipTokenizer, Record, ShardWriter, TextEntry, read_shards
+from blipfast.data import ShardWriter, read_shards
 from blipfast.errors import ConfigError, DataError
 from blipfast.models.blip import PackedText
-from blipfast.models.config import blip_config
-from blipfast.tasks.caption import BlipForCaptioning
-from blipfast.tasks.retrieval import BlipForRetrieval
-
-VOCAB = Path(__file__).parents[1] / "fixtures" / "reference" / "vocab.txt"
-
-
-def _jpeg(number: int) -> bytes:
-    generator = torch.Generator().manual_seed(number)
-    pixels = torch.randint(0, 256, (40, 40, 3), generator=generator, dtype=torch.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def _record(number: int, text: str = "a dog", image: bytes | None = None) -> Record:
-    data = _jpeg(number) if image is None else image
-    return Record(f"img-{number:03d}", data, (TextEntry(text, "web"),), 40, 40)
-
-
-@pytest.fixture(scope="module")
-def models():
-    """Random models, whose decoder is sharpened so that captions differ from image to image."""
-    torch.manual_seed(0)
-    config = blip_config("blip_tiny")
-    captioner, judge = BlipForCaptioning(config).eval(), BlipForRetrieval(config).eval()
-    with torch.no_grad():
-        judge.itm_head.weight.mul_(40)
-        for model in (captioner, judge):
-            for parameter in model.visual_encoder.parameters():
-                parameter.mul_(3)
-    return captioner, judge, BlipTokenizer.from_file(VOCAB)
-
-
-@pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    folder = tmp_path / "web"
-    with ShardWriter(folder, "web", max_count=5) as writer:
-        for i in range(12):
-            writer.write(_record(i, ["a dog", "a cat on a mat", "two men"][i % 3]))
-    return folder
 
 
 def _config(shards: Path, output: Path, **changes) -> CapFiltConfig:
@@ -193,8 +153,8 @@ def test_bad_records_are_named(tmp_path, models) -> None:
     folder = tmp_path / "web"
     with ShardWriter(folder, "web") as writer:
         for i in range(6):
-            writer.write(_record(i, " ... " if i == 1 else "a dog"))
-        writer.write(_record(6, image=_jpeg(6)[:300]))
+            writer.write(record(i, " ... " if i == 1 else "a dog"))
+        writer.write(record(6, image=jpeg(6)[:300]))
     config = _config(folder, tmp_path / "out", max_bad_fraction=0.2)
     report = _run(config, models)
     assert report.unreadable == 1
@@ -280,17 +240,11 @@ def test_a_stricter_threshold_for_synthetic_texts() -> None:
     assert [r.accepted for r in rows] == [True, False, True]
 
 
-def test_models_from_checkpoints(shards, tmp_path, models) -> None:
-    captioner, judge, _ = models
-    save_model(captioner, tmp_path / "captioner")
-    save_model(judge, tmp_path / "filter")
+def test_models_from_checkpoints(shards, tmp_path, models, checkpoints) -> None:
     config = _config(
-        shards, tmp_path / "out", captioners=(str(tmp_path / "captioner"),),
-        filters=(str(tmp_path / "filter"),),
+        shards, tmp_path / "out", captioners=(checkpoints["captioner"],),
+        filters=(checkpoints["filter"],),
     )  # fmt: skip
-    with pytest.raises(DataError, match="vocab"):
-        run_capfilt(config)
-    shutil.copy(VOCAB, tmp_path / "filter" / "vocab.txt")
     run_capfilt(config)
     direct = _config(shards, tmp_path / "direct")
     _run(direct, models)
@@ -300,6 +254,14 @@ def test_models_from_checkpoints(shards, tmp_path, models) -> None:
         run_capfilt(
             dataclasses.replace(config, filters=(), captioners=(), output=str(tmp_path / "x"))
         )
+
+
+def test_a_missing_vocabulary_is_said(shards, tmp_path, checkpoints) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(checkpoints["filter"], bare)
+    (bare / "vocab.txt").unlink()
+    with pytest.raises(DataError, match="vocab"):
+        run_capfilt(_config(shards, tmp_path / "out", filters=(str(bare),), keep="web"))
 
 
 @pytest.mark.parametrize(
