@@ -67,7 +67,7 @@ class CapFiltConfig:
     max_bad_fraction: float = described(
         0.1, "share of unreadable records in a shard that stops the run"
     )
-    precision: Literal["fp32", "bf16"] = described("fp32", "bf16 computes under autocast")
+    precision: Literal["fp32", "bf16"] = described("fp32", "of the models' weights and arithmetic")
     device: str = described("auto", "cpu, cuda or auto")
     threads: int = described(4, "that decode images")
     work: str | None = described(

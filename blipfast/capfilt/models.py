@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,12 @@ from blipfast.capfilt.config import CapFiltConfig
 from blipfast.capfilt.decisions import SYNTHETIC, Candidate, Score, says_something
 from blipfast.data import BlipTokenizer
 from blipfast.errors import DataError
-from blipfast.generation import caption_images
+from blipfast.generation import caption_images, caption_stream
 from blipfast.models.blip import PackedText
 from blipfast.tasks.caption import BlipForCaptioning
 from blipfast.tasks.retrieval import BlipForRetrieval
+
+_ROWS = 64  # texts side by side: as many as the decoder's layers read their weights for at once
 
 
 def model_hash(model: nn.Module) -> str:
@@ -38,41 +41,51 @@ def caption_records(
     model: BlipForCaptioning,
     tokenizer: BlipTokenizer,
     keys: Sequence[str],
-    pixel_values: Tensor,
+    pixel_values: Iterable[Tensor],
     config: CapFiltConfig,
     *,
     writer: str | None = None,
 ) -> list[list[Candidate]]:
     """Synthetic captions, `captions_per_image` for each image; some may be empty.
 
+    With nucleus sampling, an image whose captions have ended makes room for the next.
+
     Args:
         model: the captioner, in evaluation mode.
         tokenizer: its vocabulary.
-        keys: `B` names; with nucleus sampling they and `config.seed` decide the draws.
-        pixel_values: `(B, 3, image_size, image_size)`, on the model's device.
+        keys: `N` names; with nucleus sampling they and `config.seed` decide the draws.
+        pixel_values: batches `(B, 3, image_size, image_size)` of the `N` images, on the model's
+            device.
         config: method, lengths and prompt.
         writer: the captioner's hash, noted with each text.
     """
-    if len(keys) != pixel_values.shape[0]:
-        raise DataError(f"{len(keys)} keys came with {pixel_values.shape[0]} images")
-    beam = config.method == "beam"
-    texts = caption_images(
-        model,
-        tokenizer,
-        pixel_values,
-        prompt=config.prompt,
-        method=config.method,
-        num_beams=config.num_beams if beam else 1,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        repetition_penalty=1.0 if beam else config.repetition_penalty,
-        min_length=config.min_length,
-        max_length=config.max_length,
-        num_return_sequences=config.captions_per_image,
-        seed=None if beam else config.seed,
-        image_ids=None if beam else [image_number(key) for key in keys],
-    )
     count = config.captions_per_image
+    common: dict[str, Any] = {
+        "prompt": config.prompt,
+        "method": config.method,
+        "min_length": config.min_length,
+        "max_length": config.max_length,
+        "num_return_sequences": count,
+    }
+    texts: list[str] = []
+    if config.method == "beam":
+        for batch in pixel_values:
+            texts += caption_images(model, tokenizer, batch, num_beams=config.num_beams, **common)
+    elif keys:
+        texts = caption_stream(
+            model,
+            tokenizer,
+            pixel_values,
+            in_flight=max(config.batch_size, _ROWS // count),
+            top_p=config.top_p,
+            top_k=config.top_k,
+            repetition_penalty=config.repetition_penalty,
+            seed=config.seed,
+            image_ids=[image_number(key) for key in keys],
+            **common,
+        )
+    if len(texts) != count * len(keys):
+        raise DataError(f"{len(keys)} keys came with {len(texts) // count} images")
     rows = (texts[i : i + count] for i in range(0, len(texts), count))
     return [[Candidate(text.strip(), SYNTHETIC, writer) for text in row] for row in rows]
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,9 +23,12 @@ from blipfast.data.augment import View
 from blipfast.data.images import normalise
 from blipfast.data.index import RecordReader, ShardIndex
 from blipfast.errors import ConfigError, DataError
+from blipfast.models.blip import Blip
 from blipfast.tasks.caption import BlipForCaptioning
 from blipfast.tasks.retrieval import BlipForRetrieval
 from blipfast.train.recipes import pick_device
+
+_Model = TypeVar("_Model", bound=Blip)
 
 
 @dataclass
@@ -87,11 +91,11 @@ class Models:
     ) -> None:
         self.config = config
         self.device = pick_device(config.device)
-        self.captioners = [model.to(self.device).eval() for model in captioners]
-        self.filters = [model.to(self.device).eval() for model in filters]
         self.tokenizer = tokenizer
         self.captioner_hashes = tuple(map(model_hash, captioners))
         self.filter_hashes = tuple(map(model_hash, filters))
+        self.captioners = [self._ready(model) for model in captioners]
+        self.filters = [self._ready(model) for model in filters]
 
     @classmethod
     def load(cls, config: CapFiltConfig) -> Models:
@@ -102,6 +106,11 @@ class Models:
         filters = [load_model(path, "retrieval", image_size=size) for path in config.filters]
         return cls(config, captioners, filters, load_vocabulary(config))
 
+    def _ready(self, model: _Model) -> _Model:
+        if self.config.precision == "bf16":  # a copy: the caller's weights keep their precision
+            model = copy.deepcopy(model).to(torch.bfloat16)
+        return model.to(self.device).eval()
+
     @property
     def sides(self) -> set[int]:
         """Of the squares that the models look at, in pixels."""
@@ -111,15 +120,15 @@ class Models:
         """What the captioners write about each image; no text that came with it."""
         candidates: list[list[Candidate]] = [[] for _ in images.good]
         for model, writer in zip(self.captioners, self.captioner_hashes, strict=True):
-            keys = [images.keys[i] for i in images.good]
-            for start, pixels in self._batches(images, _side(model)):
-                with self._precision():
-                    found = caption_records(
-                        model, self.tokenizer, keys[start : start + len(pixels)], pixels,
-                        self.config, writer=writer,
-                    )  # fmt: skip
-                for i, texts in enumerate(found, start):
-                    candidates[i] += texts
+            found = caption_records(
+                model,
+                self.tokenizer,
+                [images.keys[i] for i in images.good],
+                (pixels for _, pixels in self._batches(images, model)),
+                self.config,
+                writer=writer,
+            )
+            candidates = [a + b for a, b in zip(candidates, found, strict=True)]
         return _rows(images, [[_unjudged(one) for one in its] for its in candidates])
 
     def judged(self, images: UnitImages, written: Sequence[ImageRow]) -> list[ImageRow]:
@@ -134,10 +143,9 @@ class Models:
         ]
         texts = [[_unjudged(one) for one in its] for its in candidates]
         for model in self.filters:
-            for start, pixels in self._batches(images, _side(model)):
+            for start, pixels in self._batches(images, model):
                 asked = candidates[start : start + len(pixels)]
-                with self._precision():
-                    scores = score_records(model, self.tokenizer, pixels, asked, self.config)
+                scores = score_records(model, self.tokenizer, pixels, asked, self.config)
                 for i, its in enumerate(scores, start):
                     texts[i] = [
                         one if score is None else _with(one, score.itm, score.itc)
@@ -145,15 +153,12 @@ class Models:
                     ]
         return _rows(images, texts)
 
-    def _batches(self, images: UnitImages, side: int) -> Iterable[tuple[int, Tensor]]:
-        """The readable images, `batch_size` at a time, with the place of the first."""
+    def _batches(self, images: UnitImages, model: Blip) -> Iterable[tuple[int, Tensor]]:
+        """The readable images as the model takes them, a batch at a time with its first's place."""
+        dtype = next(model.parameters()).dtype
         for start in range(0, len(images.good), self.config.batch_size):
-            block = images.pixels[side][start : start + self.config.batch_size]
-            yield start, normalise(torch.from_numpy(block).to(self.device))
-
-    def _precision(self) -> contextlib.AbstractContextManager:
-        on = self.config.precision == "bf16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+            block = images.pixels[_side(model)][start : start + self.config.batch_size]
+            yield start, normalise(torch.from_numpy(block).to(self.device)).to(dtype)
 
 
 def work_on_unit(
@@ -194,7 +199,7 @@ def load_vocabulary(config: CapFiltConfig) -> BlipTokenizer:
     return BlipTokenizer.from_pretrained_dir(folders[0])
 
 
-def _side(model: BlipForCaptioning | BlipForRetrieval) -> int:
+def _side(model: Blip) -> int:
     return model.config.vision.image_size
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from blipfast.errors import ConfigError
 from blipfast.generation.beam import beam_search
+from blipfast.generation.continuous import Arrivals, StreamSampler
 from blipfast.generation.decode import Cross, IncrementalDecoder
 from blipfast.generation.options import GenerationOptions
 from blipfast.generation.sampling import (
@@ -19,6 +21,7 @@ from blipfast.generation.sampling import (
     greedy,
     nucleus_chooser,
     sample,
+    take_nucleus,
     uniform_draws,
 )
 from blipfast.models.streams import CrossStates
@@ -96,6 +99,51 @@ def generate(
             else:
                 found = sample(stepper, prompt, checked, nucleus_chooser(checked, uniforms, draw))
     return _collect(found, decoder.config.pad_token_id, prompt)
+
+
+def generate_stream(
+    decoder: TextTransformer,
+    states: Iterable[CrossStates],
+    prompt_ids: Tensor,
+    *,
+    in_flight: int,
+    seed: int = 0,
+    image_ids: Iterable[int] | None = None,
+    cross: Cross = "auto",
+    **options: Any,
+) -> Generation:
+    """`generate`, greedy or nucleus, for a stream of images; the same draws for each, in its order.
+
+    An image whose texts have ended makes room for the next (continuous batching).
+
+    states: pieces of the stream, taken as there is room. prompt_ids: `(P,)`, for all.
+    in_flight: images side by side at most, if no piece has more. image_ids: by default their places
+    in the stream. Raises as `generate` does, and ConfigError for beam search.
+    """
+    checked = _options(options)
+    if checked.method == "beam" and not checked.is_greedy:
+        raise ConfigError("a stream is sampled or decoded greedily; give beam search its batches")
+    pieces = iter(states)
+    first = next(pieces, None)
+    if first is None:
+        raise ConfigError("generation needs at least one image; the stream is empty")
+    prompt = _prompt(decoder, first, prompt_ids, checked)[0]
+    ids = itertools.count() if image_ids is None else iter(image_ids)
+
+    def arrivals() -> Iterator[Arrivals]:
+        for piece in itertools.chain([first], pieces):
+            its = list(itertools.islice(ids, piece.size))
+            uniforms = None
+            if checked.method == "nucleus":
+                uniforms = _uniforms(seed, None, its, piece.size, checked).to(prompt.device)
+            yield Arrivals(piece, uniforms)
+
+    def choose(scores: Tensor, uniforms: Tensor) -> Tensor:
+        return scores.argmax(-1) if checked.is_greedy else take_nucleus(scores, uniforms, checked)
+
+    with torch.inference_mode():
+        sampler = StreamSampler(decoder, prompt, checked, choose, in_flight=in_flight, cross=cross)
+        return _collect(sampler.all(arrivals()), decoder.config.pad_token_id, prompt[None])
 
 
 def _options(options: dict[str, Any]) -> GenerationOptions:

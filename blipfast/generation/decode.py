@@ -4,129 +4,31 @@
   an image's cache and states are read once for all of them.
 - Self-attention's cache is never reordered: the tokens of all rows of an image share it, and a mask
   says which of them are a row's own past. Beam search moves rows of the mask only.
-- Cross-attention either projects an image's K/V once, or moves both projections to the query's
-  side: `q . (W e + b)` is `(q W) . e` up to a constant that softmax removes, and
-  `sum_s p_s (W e_s + b)` is `W (sum_s p_s e_s) + b`. Then nothing is projected for an image and all
-  layers read the same small `(S, W)` matrix, a 24th of all layers' K/V.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from collections.abc import Callable
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blipfast.errors import ConfigError, ShapeError
+from blipfast.generation.image_attention import (
+    Absorbed,
+    ImageAttention,
+    LayerWeights,
+    Pair,
+    Projected,
+)
 from blipfast.models.streams import CrossStates
 from blipfast.models.text import CrossAttention, TextLayer, TextTransformer
-from blipfast.ops.linear_layers import few_rows_linear, few_rows_linears
+from blipfast.ops.linear_layers import few_rows_linear
 
 Cross = Literal["auto", "absorbed", "projected"]
-_Pair = tuple[Tensor, Tensor]  # weight and bias
-_TILE = 32  # states, so that they fill whole tiles on either side of a product
-
-
-@dataclass(frozen=True)
-class _LayerWeights:
-    qkv: _Pair
-    self_out: _Pair
-    self_norm: _Pair
-    query: _Pair
-    key_value: _Pair
-    cross_out: _Pair
-    cross_norm: _Pair
-    up: _Pair
-    down: _Pair
-    norm: _Pair
-
-
-class _ImageAttention(Protocol):
-    """Cross-attention of `q (B, H, n, head_dim)` in one layer, to `(B, n, D)`."""
-
-    def attend(self, layer: int, q: Tensor) -> Tensor: ...
-
-    def keep(self, images: Tensor) -> None: ...
-
-
-class _Absorbed:
-    """The projections of K and V moved to the query's side.
-
-    The states are the weights of two few-row layers: of scores, and of means. They are padded to
-    whole tiles; padding and masked states have a score of minus infinity. Where `_reads_in_place`
-    they are kept in both orders, so that both products read them as they lie.
-    """
-
-    def __init__(
-        self, embeds: Tensor, valid: Tensor | None, layers: list[_LayerWeights], num_heads: int
-    ) -> None:
-        size = embeds.shape[1]
-        in_place = _reads_in_place(embeds)
-        padding = -size % _TILE if in_place else 0
-        self.keys = F.pad(embeds, (0, 0, 0, padding))  # (B, S', W)
-        self.values = self.keys.transpose(1, 2)  # (B, W, S')
-        if in_place:
-            self.values = self.values.contiguous()
-        self.bias: Tensor | None = None  # (B, S'), added to the scores
-        if padding or valid is not None:
-            self.bias = embeds.new_zeros(self.keys.shape[:2])
-            self.bias[:, size:] = -torch.inf
-        if self.bias is not None and valid is not None:
-            self.bias[:, :size].masked_fill_(~valid, -torch.inf)
-        self.heads = [_head_weights(layer.key_value, num_heads) for layer in layers]
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        batch, heads, rows, head_dim = q.shape
-        key, value, value_bias = self.heads[layer]
-        q = (q * head_dim**-0.5).transpose(0, 1).reshape(heads, batch * rows, head_dim)
-        q = few_rows_linears(q, key).view(heads, batch, rows, -1).transpose(0, 1).flatten(1, 2)
-        scores = few_rows_linears(q, self.keys, self.bias)  # (B, H n, S')
-        seen = few_rows_linears(scores.softmax(-1), self.values)  # (B, H n, W)
-        seen = seen.view(batch, heads, rows, -1).transpose(0, 1).flatten(1, 2)
-        out = few_rows_linears(seen, value, value_bias)
-        return out.view(heads, batch, rows, head_dim).permute(1, 2, 0, 3).flatten(2)
-
-    def keep(self, images: Tensor) -> None:
-        self.keys = self.keys.index_select(0, images)
-        self.values = self.values.index_select(0, images)
-        self.bias = None if self.bias is None else self.bias.index_select(0, images)
-
-
-def _reads_in_place(weight: Tensor) -> bool:
-    """Whether a few-row layer reads its weight as it lies, so that its order is worth a copy."""
-    return weight.is_cpu and weight.dtype == torch.bfloat16
-
-
-def _head_weights(key_value: _Pair, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Each head's part: from a query to what is compared with the states, `(H, W, head_dim)`, whose
-    bias is a constant under the softmax; and from the mean state to the output, `(H, head_dim, W)`,
-    with its bias.
-    """
-    weight, bias = key_value
-    key, value = weight.view(2, num_heads, -1, weight.shape[1])
-    key = key.transpose(1, 2)
-    if _reads_in_place(weight):
-        key = key.contiguous()
-    return key, value, bias.view(2, num_heads, -1)[1]
-
-
-class _Projected:
-    """K and V of every layer, projected once."""
-
-    def __init__(self, key_values: list[tuple[Tensor, Tensor]], bias: Tensor | None) -> None:
-        self.key_values = key_values  # (B, H, S, head_dim) each
-        self.bias = None if bias is None else bias[:, None]
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        out = F.scaled_dot_product_attention(q, *self.key_values[layer], attn_mask=self.bias)
-        return out.transpose(1, 2).flatten(2)
-
-    def keep(self, images: Tensor) -> None:
-        for i, (k, v) in enumerate(self.key_values):
-            self.key_values[i] = (k.index_select(0, images), v.index_select(0, images))
-        self.bias = None if self.bias is None else self.bias.index_select(0, images)
+_Write = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class IncrementalDecoder:
@@ -174,7 +76,9 @@ class IncrementalDecoder:
         if length > 1:
             causal = torch.full((length, length), -torch.inf, dtype=self.dtype).triu(1)
             causal = causal.to(prompt_ids.device)
-        hidden = self._run(prompt_ids, slice(0, length), causal)
+        hidden = self._run(
+            prompt_ids, self._positions[:length], causal, self._writer(slice(0, length))
+        )
         self._slots = self._length = length
         return self._logits(hidden[:, -1])
 
@@ -191,7 +95,8 @@ class IncrementalDecoder:
                 self._mask = self._mask.gather(1, index)
             self._mask[:, :, start:stop].diagonal(dim1=1, dim2=2).zero_()
             mask = self._mask[:, None, :, :stop]
-        hidden = self._run(token_ids, slice(start, stop), mask)
+        place = self._positions[self._length]
+        hidden = self._run(token_ids, place, mask, self._writer(slice(start, stop)))
         self._slots, self._length = stop, self._length + 1
         return self._logits(hidden.flatten(0, 1)).unflatten(0, token_ids.shape)
 
@@ -221,23 +126,30 @@ class IncrementalDecoder:
             self._mask = torch.full(mask, -torch.inf, dtype=self.dtype, device=device)
             self._mask[:, :, :prompt_length] = 0
 
-    def _run(self, token_ids: Tensor, slots: slice, mask: Tensor | None) -> Tensor:
-        """Tokens `(B, n)` that take the cache's `slots`, to hidden states `(B, n, D)`."""
+    def _writer(self, slots: slice) -> _Write:
+        """Puts a layer's new keys and values into the cache's `slots`, the same of all images."""
+
+        def write(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            keys, values = self._cache[layer]
+            keys[:, :, slots], values[:, :, slots] = k, v
+            return keys[:, :, : slots.stop], values[:, :, : slots.stop]
+
+        return write
+
+    def _run(self, token_ids: Tensor, place: Tensor, mask: Tensor | None, write: _Write) -> Tensor:
+        """Tokens `(B, n)` to hidden states `(B, n, D)`.
+
+        place: their position embeddings, to be added to `(B, n, D)`. write: puts a layer's keys and
+        values `(B, H, n, head_dim)` into the cache and gives all that is to be looked at.
+        """
         width, heads = self.config.hidden_size, self.config.num_heads
         eps = self.config.layer_norm_eps
-        # In prefill the n tokens follow each other; in a step they all have the same place.
-        count = token_ids.shape[1] if self._length == 0 else 1
-        place = self._positions[self._length : self._length + count]
         x = (F.embedding(token_ids, self._word) + place).to(self.dtype)
         x = torch.layer_norm(x, (width,), *self._embed_norm, eps)
         for i, layer in enumerate(self._layers):
             qkv = few_rows_linear(x, *layer.qkv).view(*token_ids.shape, 3, heads, width // heads)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, n, head_dim) each
-            keys, values = self._cache[i]
-            keys[:, :, slots], values[:, :, slots] = k, v
-            out = F.scaled_dot_product_attention(
-                q, keys[:, :, : slots.stop], values[:, :, : slots.stop], attn_mask=mask
-            )
+            out = F.scaled_dot_product_attention(q, *write(i, k, v), attn_mask=mask)
             out = few_rows_linear(out.transpose(1, 2).flatten(2), *layer.self_out)
             x = torch.layer_norm(x + out, (width,), *layer.self_norm, eps)
             q = few_rows_linear(x, *layer.query).view(*token_ids.shape, heads, width // heads)
@@ -255,7 +167,7 @@ class IncrementalDecoder:
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         return logits.to(dtype)
 
-    def _image_attention(self, states: CrossStates, cross: Cross) -> _ImageAttention:
+    def _image_attention(self, states: CrossStates, cross: Cross) -> ImageAttention:
         embeds = states.embeds[0].to(self.dtype)
         valid = None
         if states.lengths is not None:
@@ -266,27 +178,27 @@ class IncrementalDecoder:
             cheaper = self.rows * self.max_length <= head_dim
             cross = "absorbed" if states.layers is None and cheaper else "projected"
         if cross == "absorbed":
-            return _Absorbed(embeds, valid, self._layers, self.config.num_heads)
+            return Absorbed(embeds, valid, self._layers, self.config.num_heads)
         bias = None
         if valid is not None:
             bias = embeds.new_zeros(valid.shape).masked_fill(~valid, -torch.inf)[:, None]
         if states.layers is not None:
             done = [(k.to(self.dtype), v.to(self.dtype)) for ((k, v),) in states.layers]
-            return _Projected(done, bias)
+            return Projected(done, bias)
         heads = self.config.num_heads
         projected = []
         for layer in self._layers:
             kv = F.linear(embeds, *layer.key_value).unflatten(-1, (2, heads, -1))
             k, v = kv.permute(2, 0, 3, 1, 4)
             projected.append((k, v))
-        return _Projected(projected, bias)
+        return Projected(projected, bias)
 
 
-def _pair(module: nn.Module, dtype: torch.dtype) -> _Pair:
+def _pair(module: nn.Module, dtype: torch.dtype) -> Pair:
     return module.weight.to(dtype), module.bias.to(dtype)  # type: ignore[operator, return-value]
 
 
-def _weights(layer: nn.Module, dtype: torch.dtype) -> _LayerWeights:
+def _weights(layer: nn.Module, dtype: torch.dtype) -> LayerWeights:
     layer = cast(TextLayer, layer)
     cross = cast(CrossAttention, layer.cross_attention)
     modules = (
@@ -301,7 +213,7 @@ def _weights(layer: nn.Module, dtype: torch.dtype) -> _LayerWeights:
         layer.feed_forward.out.dense,
         layer.feed_forward.out.norm,
     )
-    return _LayerWeights(*(_pair(module, dtype) for module in modules))
+    return LayerWeights(*(_pair(module, dtype) for module in modules))
 
 
 def _compute_dtype(decoder: TextTransformer) -> torch.dtype:

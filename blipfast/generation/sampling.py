@@ -76,18 +76,24 @@ def nucleus_chooser(
     """Samples by the row's own `uniforms (rows, steps)`, or by the caller's `draw`."""
 
     def choose(scores: Tensor, rows: Tensor, step: int) -> Tensor:
-        probs, token_ids = nucleus(scores, top_k=options.top_k, top_p=options.top_p)
         if draw is not None:
+            probs, token_ids = nucleus(scores, top_k=options.top_k, top_p=options.top_p)
             return draw(torch.zeros_like(scores).scatter(1, token_ids, probs), rows, step)
         assert uniforms is not None
-        mass = probs.double().cumsum(-1)
-        below = mass[:, -1:] * uniforms[rows, step][:, None]
-        place = torch.searchsorted(mass, below, right=True).clamp(max=mass.shape[-1] - 1)
-        # Rounding must not reach into what was cut off.
-        place = torch.minimum(place[:, 0], (probs > 0).sum(-1) - 1)
-        return token_ids.gather(1, place[:, None])[:, 0]
+        return take_nucleus(scores, uniforms[rows, step], options)
 
     return choose
+
+
+def take_nucleus(scores: Tensor, uniforms: Tensor, options: GenerationOptions) -> Tensor:
+    """Samples a token of each row of scores `(R, V)` by its `uniforms (R,)` in [0, 1), float64."""
+    probs, token_ids = nucleus(scores, top_k=options.top_k, top_p=options.top_p)
+    mass = probs.double().cumsum(-1)
+    below = mass[:, -1:] * uniforms[:, None]
+    place = torch.searchsorted(mass, below, right=True).clamp(max=mass.shape[-1] - 1)
+    # Rounding must not reach into what was cut off.
+    place = torch.minimum(place[:, 0], (probs > 0).sum(-1) - 1)
+    return token_ids.gather(1, place[:, None])[:, 0]
 
 
 def uniform_draws(seed: int, image_ids: Sequence[int], samples: int, steps: int) -> Tensor:
@@ -109,8 +115,10 @@ def _trimmed(
     results: list[tuple[float, list[int]]], n: int, sep: int
 ) -> list[list[tuple[float, list[int]]]]:
     """Without the padding that followed [SEP] while an image's other samples went on."""
-    cut = [
-        (score, tokens[: tokens.index(sep) + 1] if sep in tokens else tokens)
-        for score, tokens in results
-    ]
+    cut = [(score, until(tokens, sep)) for score, tokens in results]
     return [cut[i : i + n] for i in range(0, len(cut), n)]
+
+
+def until(tokens: list[int], sep: int) -> list[int]:
+    """Tokens up to the first [SEP], which is the last."""
+    return tokens[: tokens.index(sep) + 1] if sep in tokens else tokens

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from blipfast.errors import ShapeError
 from blipfast.models.config import VisionConfig
 from blipfast.ops.dense import dense_attention
+from blipfast.ops.linear_layers import linear_gelu
 
 
 class Attention(nn.Module):
@@ -47,7 +48,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
 
 
 class Block(nn.Module):

@@ -35,6 +35,33 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`F.gelu(F.linear(x, weight, bias))`: `x (..., in)` to `(..., out)`.
+
+    Without gradients, in bf16 on a CPU, oneDNN applies GELU before it rounds and writes: a quarter
+    less time at ViT's sizes.
+    """
+    if _fuses_gelu(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+    return F.gelu(F.linear(x, weight, bias))
+
+
+_MANY_ROWS = 2048  # below it the fused product gains nothing
+
+
+def _fuses_gelu(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.bfloat16
+        and x.numel() >= _MANY_ROWS * x.shape[-1]
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
 # Of two threads oneDNN (3.x, torch 2.13) leaves one idle between these row counts, at BERT's width.
 _GOOD_ROWS, _BAD_ROWS, _BAD_OUT_FEATURES = 640, 1408, 1024
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from blipfast.errors import ShapeError
-from blipfast.generation import Generation, evaluation, generate
+from blipfast.generation import Generation, evaluation, generate, generate_stream
 from blipfast.models.blip import Blip, PackedText
 from blipfast.models.config import BlipConfig
 from blipfast.models.streams import run_streams
@@ -87,8 +88,33 @@ class BlipForCaptioning(Blip):
             with evaluation(self.visual_encoder):
                 image_embeds = self.encode_image(pixel_values)
         assert image_embeds is not None
+        states = self.image_states(image_embeds, decoder=True)
+        return generate(self.decoder, states, self._prompt(prompt_ids), **options)
+
+    @torch.no_grad()
+    def generate_stream(
+        self,
+        images: Iterable[Tensor],
+        *,
+        prompt_ids: Tensor | None = None,
+        in_flight: int,
+        **options: Any,
+    ) -> Generation:
+        """`generate` for batches of images `(B, 3, size, size)`, encoded as there is room for them.
+
+        prompt_ids: `(P,)`. in_flight, options: see `blipfast.generation.generate_stream`.
+        """
+        with evaluation(self.visual_encoder):
+            states = (
+                self.image_states(self.encode_image(pixels), decoder=True) for pixels in images
+            )
+            return generate_stream(
+                self.decoder, states, self._prompt(prompt_ids), in_flight=in_flight, **options
+            )
+
+    def _prompt(self, prompt_ids: Tensor | None) -> Tensor:
+        """Token ids whose first is [DEC], as it is alone without a prompt."""
         dec = self.text_config.dec_token_id
         prompt = torch.tensor([dec]) if prompt_ids is None else torch.as_tensor(prompt_ids).clone()
         prompt[..., :1] = dec
-        states = self.image_states(image_embeds, decoder=True)
-        return generate(self.decoder, states, prompt, **options)
+        return prompt

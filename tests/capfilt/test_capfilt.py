@@ -184,7 +184,7 @@ def test_a_broken_record_in_the_shard_is_named(shards, tmp_path, models) -> None
 
 def test_empty_synthetic_captions_are_rejected(shards, tmp_path, models, monkeypatch) -> None:
     monkeypatch.setattr(
-        "blipfast.capfilt.models.caption_images", lambda *a, **k: [""] * (2 * a[2].shape[0])
+        "blipfast.capfilt.models.caption_stream", lambda *a, **k: [""] * (2 * len(k["image_ids"]))
     )
     config = _config(shards, tmp_path / "out")
     report = _run(config, models)
@@ -210,7 +210,7 @@ def test_keep(shards, tmp_path, models, keep) -> None:
 def test_beam_and_greedy_lengths(models) -> None:
     captioner, _, tokenizer = models
     config = CapFiltConfig(input="", output="", method="beam", captions_per_image=2, max_length=9)
-    found = caption_records(captioner, tokenizer, ["a", "b"], torch.randn(2, 3, 32, 32), config)
+    found = caption_records(captioner, tokenizer, ["a", "b"], [torch.randn(2, 3, 32, 32)], config)
     assert [len(its) for its in found] == [2, 2]
     assert all(c.source == "synthetic" and not c.text.startswith("a picture") for c in found[0])
 

@@ -76,9 +76,9 @@ def test_auto_takes_what_is_cheaper(make_captioner) -> None:
         made = IncrementalDecoder(text, states, rows=rows, max_length=max_length)
         return type(made._cross).__name__
 
-    assert kind(states, 1, 16) == "_Absorbed"
-    assert kind(states, 2, 16) == "_Projected"
-    assert kind(text.cross_states(embeds, project=True), 1, 16) == "_Projected"
+    assert kind(states, 1, 16) == "Absorbed"
+    assert kind(states, 2, 16) == "Projected"
+    assert kind(text.cross_states(embeds, project=True), 1, 16) == "Projected"
 
 
 @torch.inference_mode()

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipfast.ops import _native
-from blipfast.ops.linear_layers import TiedTable, few_rows_linear, few_rows_linears, linear
+from blipfast.ops.linear_layers import (
+    TiedTable,
+    few_rows_linear,
+    few_rows_linears,
+    linear,
+    linear_gelu,
+)
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
@@ -132,3 +138,21 @@ def test_tied_table_compiled_has_all_gradients() -> None:
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     ours, plain = (torch.autograd.grad(f(leaf), leaf)[0] for f in (compiled, loss))
     torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 2047, 4000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_linear_gelu(rows: int, dtype: torch.dtype) -> None:
+    x, weight, bias = torch.randn(rows, 96), torch.randn(160, 96) / 10, torch.randn(160)
+    exact = F.gelu(F.linear(*(t.to(dtype).double() for t in (x, weight, bias))))
+    x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
+    plain = F.gelu(F.linear(x, weight, bias))
+    with torch.no_grad():
+        found = linear_gelu(x.view(1, rows, 96), weight, bias)
+    assert found.shape == (1, rows, 160)
+    ours, theirs = ((t.double() - exact).abs().max() for t in (found[0], plain))
+    assert ours <= 2 * theirs + torch.finfo(dtype).eps
+    weight.requires_grad_()
+    linear_gelu(x, weight, bias).sum().backward()
+    expected = torch.autograd.grad(F.gelu(F.linear(x, weight, bias)).sum(), weight)[0]
+    torch.testing.assert_close(weight.grad, expected)
