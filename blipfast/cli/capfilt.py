@@ -19,6 +19,12 @@ _STAGES = {
 _REPEATED = {
     "--captioner": "captioners", "--filter": "filters", "--human": "human", "--trusted": "trusted",
 }  # fmt: skip
+_AROUND = {
+    "bootstrap": "fine-tune captioner and filter, run all stages, train a new model; in rounds",
+    "report": "a page on runs: kept and rejected texts, noise, diversity",
+    "sample": "texts of a run to label by hand",
+    "calibrate": "thresholds from labelled texts, with their precision and recall",
+}
 _EXAMPLES = """\
   blipfast capfilt --input web/ --output clean/ --captioner runs/captioner/model \\
       --filter runs/filter/model --human coco/
@@ -35,13 +41,19 @@ _EXAMPLES = """\
 
 
 def main(argv: Sequence[str]) -> int:
+    if argv and argv[0] in _AROUND:
+        from blipfast.cli import _capfilt_pages
+
+        return getattr(_capfilt_pages, argv[0])(argv[1:])
     stage, rest = _stage(list(argv))
     parser = make_parser(
         "capfilt",
         "Captions the images of shards, judges web and synthetic texts by ITM and writes the texts "
         "that match as new shards, with a manifest of every decision. A run that was stopped, or "
         "killed, goes on where it was.\n\nAll stages run, unless one is named first:\n"
-        + "\n".join(f"  {name:<9}{text}" for name, text in _STAGES.items()),
+        + "\n".join(f"  {name:<10}{text}" for name, text in _STAGES.items())
+        + "\n\nAround them, each with a --help of its own:\n"
+        + "\n".join(f"  {name:<10}{text}" for name, text in _AROUND.items()),
         _EXAMPLES,
         usage="blipfast capfilt [STAGE] [--config FILE] --input SHARDS --output FOLDER "
         "[--OPTION ...]",
@@ -61,7 +73,8 @@ def _stage(argv: list[str]):  # type: ignore[no-untyped-def]
     if not argv or argv[0].startswith("-"):
         return None, argv
     if argv[0] not in STAGES:
-        raise ConfigError(f"capfilt has no stage {argv[0]!r}; there are {', '.join(STAGES)}")
+        known = ", ".join([*STAGES, *_AROUND])
+        raise ConfigError(f"capfilt has no stage {argv[0]!r}; there are {known}")
     return argv[0], argv[1:]
 
 

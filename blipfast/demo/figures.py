@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from typing import Any
 
 from blipfast.demo.measure import FilterResult
-from blipfast.errors import BlipfastError
+from blipfast.evaluation.figures import as_svg, pyplot
 from blipfast.train.history import History
 
 _COLOURS = {"noisy": "#c0504d", "bootstrapped": "#2e7d4f"}
 _NAMES = {"itc": "ITC", "itm": "ITM", "lm": "LM"}
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise BlipfastError("the page needs matplotlib: pip install 'blipfast[demo]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _svg(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    _pyplot().close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
 
 
 def smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
@@ -45,7 +24,7 @@ def smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
 
 def loss_curves(histories: dict[str, History]) -> str:
     """One panel per loss, one line per model ("noisy", "bootstrapped")."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(11, 2.9))
     for axis, (key, title) in zip(axes, _NAMES.items(), strict=True):
         for name, history in histories.items():
@@ -56,12 +35,12 @@ def loss_curves(histories: dict[str, History]) -> str:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     axes[0].legend()
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def filter_plots(result: FilterResult, threshold: float) -> str:
     """How the filter's probabilities fall for right and wrong texts, and its ROC curve."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9))
     bins = [i / 20 for i in range(21)]
     left.hist(
@@ -76,4 +55,4 @@ def filter_plots(result: FilterResult, threshold: float) -> str:
     right.set_xlabel("right texts rejected")
     right.set_ylabel("wrong texts rejected")
     right.set_title(f"AUC {result.auc:.3f}")
-    return _svg(figure)
+    return as_svg(figure)

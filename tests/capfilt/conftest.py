@@ -13,6 +13,8 @@ from web_set import VOCAB, record, sharpened
 
 from blipfast.checkpoints import save_model
 from blipfast.data import BlipTokenizer, ShardWriter
+from blipfast.models.config import blip_config
+from blipfast.tasks.pretrain import BlipForPretraining
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +29,7 @@ def checkpoints(models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     other = sharpened(1)
     found = {"captioner": models[0], "filter": models[1]}
     found |= {"captioner2": other[0], "filter2": other[1]}
+    found["pretrained"] = BlipForPretraining(blip_config("blip_tiny"), queue_size=8)
     for name, model in found.items():
         save_model(model, folder / name)
         shutil.copy(VOCAB, folder / name / "vocab.txt")

@@ -1,0 +1,209 @@
+"""Pages on CapFilt: the report of runs, texts to label, and the curves of a calibration."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from blipfast.capfilt.calibrate import Curve, Label, labels_to_json
+from blipfast.capfilt.decisions import SYNTHETIC, Decision, read_manifest, write_lines
+from blipfast.capfilt.statistics import RunStatistics, statistics_of
+from blipfast.data import read_shards
+from blipfast.data.index import RecordReader, index_shards
+from blipfast.errors import ConfigError, DataError
+from blipfast.evaluation.figures import as_svg, pyplot
+from blipfast.evaluation.page import thumbnail
+
+_COLOURS = {SYNTHETIC: "#2e7d4f", "web": "#c0504d"}
+_CARDS = 24
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, with its name on the page."""
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    statistics: RunStatistics
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / "manifest.jsonl"
+
+
+def open_run(folder: str | Path) -> Run:
+    """Reads a run's settings and manifest. Raises ConfigError when the folder has none."""
+    import json
+
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "capfilt.json").read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{folder} is no output of CapFilt: {error}") from error
+    if not (folder / "manifest.jsonl").is_file():
+        raise ConfigError(f"{folder} has no manifest yet: run the stage `filter` first")
+    return Run(folder.name, folder, config, statistics_of(read_manifest(folder / "manifest.jsonl")))
+
+
+def write_report(folders: Sequence[str | Path], output: Path, seed: int = 0) -> None:
+    """One page on one or more runs side by side: rounds, or nucleus beside beam.
+
+    Raises ConfigError for folders that are no runs, DataError when the input's images are gone.
+    """
+    runs = [open_run(folder) for folder in folders]
+    labels = _labels(runs)
+    galleries = [(labels[i], _gallery(run, seed)) for i, run in enumerate(runs)]
+    page = _template("report.html.j2").render(
+        runs=list(zip(labels, runs, strict=True)),
+        table=_table(runs),
+        histogram=_histogram(dict(zip(labels, runs, strict=True))),
+        galleries=galleries,
+    )
+    write_lines(output, [page])
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """A name for each run, with its method where names alone are the same."""
+    return [f"{run.name} ({run.config['method']})" for run in runs]
+
+
+def _table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Rows of name and a cell for each run."""
+    rows: list[tuple[str, list[str]]] = []
+
+    def add(name: str, cells: Iterable[object]) -> None:
+        rows.append((name, [str(cell) for cell in cells]))
+
+    every = sorted({source for run in runs for source in run.statistics.sources})
+    for source in every:
+        its = [run.statistics.sources.get(source) for run in runs]
+        add(f"{source} texts", ("–" if one is None else f"{one.texts:,}" for one in its))
+        add(f"{source} texts kept", ("–" if one is None else f"{one.accepted:,}" for one in its))
+        ratios = [None if one is None else one.noise_ratio for one in its]
+        add(
+            f"{source}: noise ratio (rejected by the filter)",
+            ("–" if one is None else f"{one:.1%}" for one in ratios),
+        )
+    add("unreadable images", (f"{run.statistics.unreadable:,}" for run in runs))
+    said = [run.statistics.synthetic for run in runs]
+    add("captions that no other equals", (f"{one.unique:.1%}" for one in said))
+    for n in (1, 2, 3):
+        add(f"distinct {n}-grams", (f"{one.distinct[n - 1]:.3f}" for one in said))
+    for n in (1, 2, 3):
+        add(f"entropy of {n}-grams, bits", (f"{one.entropy[n - 1]:.2f}" for one in said))
+    add("words a caption", (f"{one.words:.1f}" for one in said))
+    add("different words", (f"{one.vocabulary:,}" for one in said))
+    return rows
+
+
+def _histogram(runs: Mapping[str, Run]) -> str:
+    """ITM of web and synthetic texts, a panel for each run."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 2.8), squeeze=False)
+    for axis, (name, run) in zip(axes[0], runs.items(), strict=True):
+        for source, scores in sorted(run.statistics.scores.items()):
+            colour = _COLOURS.get(source)
+            axis.hist(scores, bins=40, range=(0, 1), alpha=0.55, label=source, color=colour)
+        axis.axvline(run.config["threshold"], color="#444", linestyle="--", linewidth=1)
+        axis.set_title(name)
+        axis.set_xlabel("ITM probability")
+        axis.set_yscale("log")
+        if run.statistics.scores:
+            axis.legend()
+    return as_svg(figure)
+
+
+@dataclass(frozen=True)
+class _Card:
+    image: str
+    texts: list[Decision]
+
+
+def _gallery(run: Run, seed: int) -> list[_Card]:
+    """Some images with their texts, the ones with both kept and rejected texts first."""
+    of: dict[str, list[Decision]] = {}
+    for row in read_manifest(run.manifest):
+        if row.text is not None:
+            of.setdefault(row.key, []).append(row)
+    keys = sorted(of)
+    random.Random(seed).shuffle(keys)
+    keys.sort(key=lambda key: len({row.accepted for row in of[key]}) < 2)
+    images = _images(run.config["input"], keys[:_CARDS])
+    return [_Card(images[key], of[key]) for key in keys[:_CARDS] if key in images]
+
+
+def _images(pattern: str, keys: Sequence[str]) -> dict[str, str]:
+    """Thumbnails of records by key; what cannot be read is left out. Equal keys: the first."""
+    wanted, found = set(keys), dict[str, str]()
+    reader = RecordReader()
+    try:
+        for index in index_shards(read_shards(pattern).shards):
+            for row, key in enumerate(index.keys.tolist()):
+                name = key.decode()
+                if name in wanted and name not in found:
+                    try:
+                        found[name] = thumbnail(reader.read(index, row).image)
+                    except DataError:
+                        continue
+    finally:
+        reader.close()
+    return found
+
+
+def write_labelling_page(labels: Sequence[Label], folder: str | Path, output: Path) -> None:
+    """A page on which one says of each text whether it matches, and saves the label file.
+
+    folder: of the run whose texts they are. Beside the page the file is written as it is before
+    anyone has labelled, for those who label elsewhere.
+    """
+    run = open_run(folder)
+    images = _images(run.config["input"], [label.key for label in labels])
+    shown = [label for label in labels if label.key in images]
+    lines = labels_to_json(shown)
+    write_lines(output.with_suffix(".jsonl"), lines)
+    cards = [
+        (images[label.key], label.text, line) for label, line in zip(shown, lines, strict=True)
+    ]
+    page = _template("label.html.j2").render(cards=cards, name=output.with_suffix(".jsonl").name)
+    write_lines(output, [page])
+
+
+def write_calibration_page(curves: Mapping[str, Curve], output: Path) -> None:
+    """Precision and recall of each kind of text, with the chosen threshold."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    for kind, curve in curves.items():
+        colour = _COLOURS[kind]
+        at = f"{kind}: {curve.threshold:.3f}"
+        axes[0].plot(curve.recall, curve.precision, color=colour, label=kind)
+        axes[0].plot(curve.recall[curve.chosen], curve.precision[curve.chosen], "o", color=colour)
+        axes[1].plot(curve.thresholds, curve.precision, color=colour, label=f"{kind}, precision")
+        axes[1].plot(curve.thresholds, curve.recall, color=colour, linestyle=":", label="recall")
+        axes[1].axvline(curve.threshold, color=colour, linewidth=0.8, label=at)
+    for axis, x, y in ((axes[0], "recall", "precision"), (axes[1], "ITM threshold", "")):
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
+        axis.set_ylim(0, 1.03)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    page = _template("calibration.html.j2").render(
+        curves=list(curves.values()), plot=as_svg(figure)
+    )
+    write_lines(output, [page])
+
+
+def _template(name: str):  # type: ignore[no-untyped-def]
+    environment = Environment(
+        loader=PackageLoader("blipfast.capfilt", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
