@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,8 +40,6 @@ class Run:
 
 def open_run(folder: str | Path) -> Run:
     """Reads a run's settings and manifest. Raises ConfigError when the folder has none."""
-    import json
-
     folder = Path(folder)
     try:
         config = json.loads((folder / "capfilt.json").read_text(encoding="utf-8"))["config"]
@@ -69,8 +68,12 @@ def write_report(folders: Sequence[str | Path], output: Path, seed: int = 0) -> 
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-    """A name for each run, with its method where names alone are the same."""
-    return [f"{run.name} ({run.config['method']})" for run in runs]
+    """A name for each run, which says how it captioned."""
+    methods = [run.config["method"] for run in runs]
+    return [
+        run.name if method in run.name else f"{run.name} ({method})"
+        for run, method in zip(runs, methods, strict=True)
+    ]
 
 
 def _table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -189,6 +192,7 @@ def write_calibration_page(curves: Mapping[str, Curve], output: Path) -> None:
     for axis, x, y in ((axes[0], "recall", "precision"), (axes[1], "ITM threshold", "")):
         axis.set_xlabel(x)
         axis.set_ylabel(y)
+        axis.set_xlim(-0.02, 1.02)
         axis.set_ylim(0, 1.03)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

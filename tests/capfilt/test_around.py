@@ -154,7 +154,7 @@ def test_pages(shards, checkpoints, tmp_path, capsys) -> None:
     runs = [str(tmp_path / "nucleus"), str(tmp_path / "beam")]
     assert main(["capfilt", "report", *runs, "--output", str(page)]) == 0
     html = page.read_text()
-    assert "beam (beam)" in html
+    assert "<th>nucleus</th><th>beam</th>" in html
     assert "noise ratio" in html
     assert html.count("<img") == 24
     assert "<script" not in html
