@@ -51,3 +51,24 @@ def test_a_kernel_that_spills_is_found() -> None:
     result = compile_for("80", "--quick", "--only", "rows=56", "--keys", "256")
     assert result.returncode == 1
     assert "spills" in result.stderr
+
+
+def test_the_bundle_holds_what_a_launch_looks_for(tmp_path: Path) -> None:
+    """The build target, twice: what is there is found by the key of a launch, not compiled anew."""
+    build, out = tmp_path / "build", tmp_path / "aot"
+    configure = [
+        "cmake", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DBLIPFAST_AOT_DIR={out}", "-DBLIPFAST_AOT_ARCHS=90;gfx942",
+        "-DBLIPFAST_AOT_OPTIONS=--quick", f"-DBLIPFAST_OUTPUT_DIR={tmp_path}",
+    ]  # fmt: skip
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PATH": path}
+    said = []
+    for command in (configure, *[["cmake", "--build", str(build), "--target", "aot"]] * 2):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said.append(done.stdout)
+    kernels = len([*out.glob("*/*.cubin"), *out.glob("*/*.hsaco")])
+    assert kernels > 20
+    assert f"{kernels} kernels in {out}, {kernels} of them compiled now" in said[1]
+    assert f"{kernels} kernels in {out}, 0 of them compiled now" in said[2]
