@@ -19,7 +19,7 @@ FLOORS = (
     {"checkpoints", "evaluation"},
     {"train"},
     {"capfilt"},
-    {"demo"},
+    {"demo", "serve"},
     {"cli"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,4 +1,4 @@
-"""The command line: `blipfast train|capfilt|evaluate|caption|match|data|convert|info`.
+"""The command line: `blipfast train|capfilt|evaluate|caption|match|search|serve|data|convert|info`.
 
 Each subcommand is a module of its own, imported when it is called, so that `--help` does not wait
 for torch. What blipfast raises on purpose becomes one line on stderr; BLIPFAST_DEBUG=1 shows the
@@ -23,7 +23,9 @@ COMMANDS = {
     "capfilt": "caption web images, filter both kinds of text, write new shards",
     "evaluate": "retrieval, captions, VQA, NLVR2, VisDial and clips by their protocols",
     "caption": "captions for images or folders of images",
-    "match": "how well texts fit an image",
+    "match": "how well texts fit images",
+    "search": "the pictures of a folder that fit a text",
+    "serve": "a local page for all of that",
     "data": "data sets' own files to shards, and what is in shards",
     "convert": "a checkpoint to Hugging Face's or blipfast's format",
     "info": "what was found here, and which backend each operator uses, and why",

@@ -1,74 +1,37 @@
-"""What several subcommands read: images, vocabularies, models."""
+"""What several subcommands share: models, their options, and how reading pictures is shown."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
-from blipfast.data import EvalTransform
-from blipfast.data.records import IMAGE_EXTENSIONS
 from blipfast.errors import ConfigError, DataError
 
 
-def find_images(paths: Iterable[str]) -> list[Path]:
-    """The files given, and the image files in the folders given and below them, in order.
-
-    Raises DataError for a path that is not there and for a folder without images.
-    """
-    found: list[Path] = []
-    for name in paths:
-        path = Path(name)
-        if path.is_dir():
-            inside = sorted(
-                p
-                for p in path.rglob("*")
-                if p.is_file() and p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
-            )
-            if not inside:
-                kinds = ", ".join(IMAGE_EXTENSIONS)
-                raise DataError(f"{path}: no images in this folder (looked for {kinds})")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise DataError(f"{path}: there is no such file or folder")
-    return found
+def say_failed(error: DataError) -> None:
+    """Names on stderr what is left out."""
+    print(f"blipfast: left out: {error}", file=sys.stderr)
 
 
-class ImageBatches:
-    """Batches of `(paths, pixel_values)` from files; those that cannot be read are left out.
-
-    failed: how many were, each having been named on stderr.
-    """
-
-    def __init__(self, paths: Sequence[Path], image_size: int, batch_size: int) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
-        self.paths, self.batch_size = paths, batch_size
-        self.transform = EvalTransform(image_size)
-        self.failed = 0
-
-    def __iter__(self) -> Iterator[tuple[list[Path], Tensor]]:
-        names: list[Path] = []
-        pixels: list[Tensor] = []
-        for path in self.paths:
-            try:
-                pixels.append(self.transform(path))
-            except DataError as error:
-                self.failed += 1
-                print(f"blipfast: left out: {error}", file=sys.stderr)
-                continue
-            names.append(path)
-            if len(names) == self.batch_size:
-                yield names, torch.stack(pixels)
-                names, pixels = [], []
-        if names:
-            yield names, torch.stack(pixels)
+def reading_bar(total: int) -> Progress:
+    """A bar of files read, on stderr and on a terminal only; has one task."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("read"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    bar.add_task("read", total=total)
+    return bar
 
 
 def load_for(

@@ -47,9 +47,10 @@ def _run(
     from blipfast.cli import _inputs
     from blipfast.generation import GenerationOptions, caption_images
     from blipfast.generation.options import Method
+    from blipfast.serve.folder import ImageBatches, find_images
 
     method: Method = "nucleus" if nucleus else "beam"
-    paths = _inputs.find_images(images)
+    paths = find_images(images)
     place = {path: i for i, path in enumerate(paths)}
     try:
         GenerationOptions(
@@ -60,18 +61,22 @@ def _run(
     model, tokenizer, where = _inputs.load_for(
         "caption", checkpoint, vocabulary, device, image_size
     )
-    batches = _inputs.ImageBatches(paths, model.config.vision.image_size, batch_size)
-    for names, pixels in batches:
-        options: dict[str, Any] = {"num_beams": beams}
-        if nucleus:  # draws go by an image's place among all images, not by batches
-            options = {"seed": seed, "image_ids": [place[name] for name in names]}
-        with _inputs.autocast(where, precision):
-            captions = caption_images(
-                model, tokenizer, pixels.to(where), prompt=prompt, method=method,
-                max_length=max_length, min_length=min_length, **options,
-            )  # fmt: skip
-        for name, caption in zip(names, captions, strict=True):
-            _print(str(name), caption, json)
+    with _inputs.reading_bar(len(paths)) as bar:
+        batches = ImageBatches(
+            paths, model.config.vision.image_size, batch_size, _inputs.say_failed,
+            lambda: bar.advance(bar.task_ids[0]),
+        )  # fmt: skip
+        for names, pixels in batches:
+            options: dict[str, Any] = {"num_beams": beams}
+            if nucleus:  # draws go by an image's place among all images, not by batches
+                options = {"seed": seed, "image_ids": [place[name] for name in names]}
+            with _inputs.autocast(where, precision):
+                captions = caption_images(
+                    model, tokenizer, pixels.to(where), prompt=prompt, method=method,
+                    max_length=max_length, min_length=min_length, **options,
+                )  # fmt: skip
+            for name, caption in zip(names, captions, strict=True):
+                _print(str(name), caption, json)
     return 1 if batches.failed else 0
 
 

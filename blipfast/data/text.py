@@ -303,6 +303,10 @@ class BlipTokenizer:
             attention_mask[i, : len(row)] = 1
         return TextBatch(input_ids, attention_mask)
 
+    def pieces(self, ids: Tensor | Sequence[int]) -> list[str]:
+        """Each id's piece as it stands in the vocabulary; "##" starts what continues a word."""
+        return [self._pieces[i] for i in torch.as_tensor(ids).tolist()]
+
     def decode(self, ids: Tensor | Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of one row of ids, ``(L,)``; special tokens left out unless asked for.
 
