@@ -52,17 +52,14 @@ def serve(config: ServeConfig, say: Callable[[str], None] = print) -> None:
 def build_page(studio: Studio, gr: Any) -> Any:
     """The page of what the studio has. gr: the module gradio."""
 
-    class Upload(gr.Image):  # type: ignore[misc, name-defined]
-        """Hands over the file as it came: reading it, with its errors, is the studio's."""
-
-        def preprocess(self, payload: Any) -> str | None:
-            return None if payload is None else payload.path
-
-        def get_block_name(self) -> str:
-            return "image"
-
-    def upload() -> Any:
-        return Upload(label="Picture", type="filepath", sources=["upload", "clipboard"], height=320)
+    def upload(name: str) -> Any:
+        image = gr.Image(
+            label="Picture", type="filepath", sources=["upload", "clipboard"], height=320,
+            elem_id=name,
+        )  # fmt: skip
+        # The file as it came: reading it, with its limits and errors, is the studio's.
+        image.preprocess = lambda payload: None if payload is None else payload.path
+        return image
 
     def on(button: Any, act: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
         button.click(
@@ -90,7 +87,7 @@ def _captions(studio: Studio, gr: Any, upload: Any, on: Any) -> None:
     gr.Markdown(_INTRO["caption"])
     with gr.Row():
         with gr.Column():
-            image = upload()
+            image = upload("caption-image")
             with gr.Row():
                 samples = gr.Slider(1, 10, 3, step=1, label="Samples")
                 seed = gr.Number(0, precision=0, label="Seed")
@@ -110,8 +107,10 @@ def _questions(studio: Studio, gr: Any, upload: Any, on: Any) -> None:
     gr.Markdown(_INTRO["vqa"])
     with gr.Row():
         with gr.Column():
-            image = upload()
-            question = gr.Textbox(label="Question", placeholder="what is in the picture?")
+            image = upload("question-image")
+            question = gr.Textbox(
+                label="Question", placeholder="what is in the picture?", elem_id="question-text"
+            )
             button = gr.Button("Ask", variant="primary", elem_id="question-go")
         with gr.Column():
             answer = gr.Textbox(label="Answer", elem_id="question-answer")
@@ -122,10 +121,11 @@ def _match(studio: Studio, gr: Any, upload: Any, on: Any) -> None:
     gr.Markdown(_INTRO["retrieval"])
     with gr.Row():
         with gr.Column():
-            image = upload()
+            image = upload("match-image")
             texts = gr.Textbox(
-                label="Texts, a line each", lines=4, placeholder="a dog on a beach\na cat on a mat"
-            )
+                label="Texts, a line each", lines=4, elem_id="match-texts",
+                placeholder="a dog on a beach\na cat on a mat",
+            )  # fmt: skip
             button = gr.Button("Score", variant="primary", elem_id="match-go")
         with gr.Column():
             table = gr.Dataframe(
@@ -146,7 +146,9 @@ def _search(studio: Studio, gr: Any, on: Any) -> None:
     assert studio.index is not None
     gr.Markdown(f"{_INTRO['search']} {len(studio.index.paths):,} pictures.")
     with gr.Row():
-        text = gr.Textbox(label="Text", placeholder="a dog on a beach", scale=4)
+        text = gr.Textbox(
+            label="Text", placeholder="a dog on a beach", scale=4, elem_id="search-text"
+        )
         count = gr.Slider(1, 30, 10, step=1, label="Pictures", scale=1)
     button = gr.Button("Search", variant="primary", elem_id="search-go")
     gallery = gr.Gallery(label="Found", columns=5, elem_id="search-found")
