@@ -25,7 +25,7 @@ from blipfast.models.config import blip_config
 from blipfast.tasks.caption import BlipForCaptioning
 from blipfast.tasks.retrieval import BlipForRetrieval
 
-IMAGES, SIDE, BATCH, SEP_ID = 32, 384, 8, 102
+IMAGES, SIDE, BATCH, SEP_ID = 16, 384, 8, 102
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Captions, and for the web texts and for the captions the scores `(2, IMAGES, 2)` by ITM and ITC.
