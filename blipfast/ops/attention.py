@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipfast.errors import ShapeError
-from blipfast.ops import _native, _triton
+from blipfast.ops import _native, _triton, _varlen_libraries
 from blipfast.ops._dispatch import Backends
 from blipfast.ops.dense import dense_attention
 from blipfast.ops.packing import Packing, gather_rows, lazy, scatter_rows
@@ -69,6 +69,10 @@ def _varlen_native(qkv: Tensor, packing: Packing, causal: bool, dropout_p: float
     return out
 
 
+for _name, (_attend, _why_not) in _varlen_libraries.FIRST.items():
+    varlen_backends.register(_name, _why_not)(_attend)
+
+
 @varlen_backends.register("torch")
 def _varlen_torch(qkv: Tensor, packing: Packing, causal: bool, dropout_p: float) -> Tensor:
     """Pads to the longest sequence for SDPA: texts are short, and the linear layers stay packed."""
@@ -94,6 +98,11 @@ def varlen_attention_reference(
         probs = F.dropout(scores.softmax(-1), dropout_p)
         outputs.append(torch.einsum("hqk,khd->qhd", probs, v))
     return torch.cat(outputs)
+
+
+# After "reference", which can always run: `auto` never takes them.
+for _name, (_attend, _why_not) in _varlen_libraries.BY_NAME.items():
+    varlen_backends.register(_name, _why_not)(_attend)
 
 
 @dataclass(frozen=True)
