@@ -11,6 +11,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+AOT_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS)
@@ -19,9 +20,9 @@ STAMP := $(VENV)/.blipfast-installed
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt \
            $(wildcard kernels/*.py kernels/csrc/*)
 
-.PHONY: help venv demo test test-slow check format bench bench-gpu native clean
+.PHONY: help venv demo test test-slow check format docs bench bench-gpu native aot clean
 help:
-	@echo 'make demo | test | test-slow | check | format | bench | bench-gpu | native | clean'
+	@echo 'make demo | test | test-slow | check | format | docs | bench | bench-gpu | native | aot | clean'
 
 venv: $(STAMP)
 
@@ -57,6 +58,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict -q -f docs/mkdocs.yml
+	@echo build/docs/index.html
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
@@ -71,6 +76,11 @@ bench-gpu: $(STAMP)
 native: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build
+
+# Triton kernels compiled before their first use, for the cards in BLIPFAST_AOT_ARCHS.
+aot: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build -DPython_EXECUTABLE=$(abspath $(BIN)/python) $(AOT_ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build --target aot
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache blipfast/*.so

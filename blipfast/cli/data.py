@@ -18,6 +18,9 @@ _EXAMPLES = """\
   # what img2dataset has downloaded; its number of pairs differs by day
   blipfast data prepare cc3m --source /data/cc3m --output /data/shards/cc3m
 
+  # your own: photo.jpg with photo.txt beside it, or captions.csv
+  blipfast data prepare folder --source my_photos/ --output shards/mine
+
   # a part of a data set only
   blipfast data prepare nlvr2 --source sample/ --output shards/ --split dev --any_count
 

@@ -3,7 +3,7 @@
 `DATA_SETS` names them; `prepare` writes one split of one.
 """
 
-from blipfast.data.prepare import captions, questions, video, web
+from blipfast.data.prepare import captions, folder, questions, video, web
 from blipfast.data.prepare.source import DataSet, Split
 from blipfast.data.prepare.write import Prepared, prepare_split
 from blipfast.errors import DataError
@@ -11,7 +11,7 @@ from blipfast.errors import DataError
 __all__ = ["DATA_SETS", "DataSet", "Prepared", "Split", "data_set", "prepare_split"]
 
 DATA_SETS: dict[str, DataSet] = {
-    one.name: one for one in (*captions.SETS, *web.SETS, *questions.SETS, *video.SETS)
+    one.name: one for one in (*captions.SETS, *web.SETS, *questions.SETS, *video.SETS, *folder.SETS)
 }
 
 

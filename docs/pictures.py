@@ -1,0 +1,186 @@
+"""The pictures of the page on kernels, drawn from boxes and arrows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from xml.sax.saxutils import escape
+
+_INK, _PALE = "#26323a", "#6b7a83"
+BLUE, GREEN, ORANGE, GREY, RED = "#cfe3f5", "#d3ead9", "#fbe3c3", "#e8ecee", "#f6d4d1"
+
+
+class Canvas:
+    """An SVG of a given size on white, with boxes, arrows and words."""
+
+    def __init__(self, width: int, height: int, title: str) -> None:
+        self.width, self.height, self.title = width, height, title
+        self.parts: list[str] = []
+
+    def box(
+        self, x: float, y: float, w: float, h: float, text: str = "", fill: str = GREY, size: int = 13
+    ) -> None:
+        self.parts.append(
+            f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="4" fill="{fill}" stroke="{_INK}" '
+            'stroke-width="1"/>'
+        )
+        lines = text.split("\n") if text else []
+        for i, line in enumerate(lines):
+            at = y + h / 2 + (i - (len(lines) - 1) / 2) * (size + 3) + size * 0.35
+            self.text(x + w / 2, at, line, size, anchor="middle")
+
+    def text(
+        self, x: float, y: float, text: str, size: int = 13, anchor: str = "start",
+        colour: str = _INK,
+    ) -> None:  # fmt: skip
+        self.parts.append(
+            f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{colour}">'
+            f"{escape(text)}</text>"
+        )
+
+    def note(self, x: float, y: float, text: str) -> None:
+        for i, line in enumerate(text.split("\n")):
+            self.text(x, y + 16 * i, line, 12, colour=_PALE)
+
+    def arrow(self, x1: float, y1: float, x2: float, y2: float, dashed: bool = False) -> None:
+        dash = ' stroke-dasharray="4 3"' if dashed else ""
+        self.parts.append(
+            f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{_INK}" stroke-width="1.2"'
+            f'{dash} marker-end="url(#tip)"/>'
+        )
+
+    def svg(self) -> str:
+        body = "\n".join(self.parts)
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
+            'font-family="system-ui, sans-serif" role="img">\n'
+            f"<title>{escape(self.title)}</title>\n"
+            '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
+            f'markerHeight="7" orient="auto"><path d="M0 0 8 4 0 8z" fill="{_INK}"/></marker></defs>\n'
+            f'<rect width="{self.width}" height="{self.height}" rx="8" fill="#fff"/>\n{body}\n</svg>\n'
+        )
+
+
+def _row(c: Canvas, x: float, y: float, texts: Sequence[str], w: float, fill: str) -> None:
+    for i, text in enumerate(texts):
+        c.box(x + i * w, y, w - 4, 26, text, fill, 12)
+
+
+def packed_pass() -> str:
+    c = Canvas(760, 300, "One packed pass for ITM and LM")
+    c.text(20, 28, "ITM: 3B texts, [ENC]", 13)
+    _row(c, 20, 38, ["pos 1", "pos 2", "neg", "neg", "neg", "neg"], 52, BLUE)
+    c.text(400, 28, "LM: B texts, [DEC]", 13)
+    _row(c, 400, 38, ["1", "2"], 52, ORANGE)
+    c.note(540, 44, "no padding: a text takes\nas many rows as it has tokens")
+    for y, kind in ((86, "self-attention"), (166, "cross-attention"), (226, "feed-forward")):
+        if kind == "self-attention":
+            c.box(20, y, 308, 40, "self-attention of the encoder", BLUE)
+            c.box(400, y, 100, 40, "of the decoder", ORANGE)
+        else:
+            c.box(20, y, 480, 40, f"{kind}: one set of weights, one product", GREEN)
+        c.arrow(170, y - 20, 170, y - 2)
+        c.arrow(450, y - 20, 450, y - 2)
+    c.box(570, 166, 160, 40, "K/V of B images,\nprojected once", GREY, 12)
+    c.arrow(568, 186, 504, 186)
+    c.note(540, 96, "the one thing that\nthey do not share")
+    c.note(20, 290, "Per layer the original projects every image four times: positive, two negatives, LM.")
+    return c.svg()
+
+
+def cross_attention() -> str:
+    c = Canvas(760, 310, "Cross-attention with indexed keys and values")
+    c.text(20, 28, "packed queries, grouped by the image they look at", 13)
+    colours = (BLUE, GREEN, ORANGE)
+    x = 20.0
+    starts = []
+    for image, lengths in enumerate(((60, 44, 52), (70,), (40, 56))):
+        starts.append((x, sum(lengths) + 4 * len(lengths)))
+        for n, width in enumerate(lengths):
+            c.box(x, 40, width, 30, f"text {n + 1}", colours[image], 11)
+            x += width + 4
+        x += 10
+    c.note(x + 10, 52, "cu_seqlens, kv_index")
+    for image, (start, width) in enumerate(starts):
+        c.arrow(start + width / 2, 74, start + width / 2, 118)
+        c.box(start, 120, width, 44, f"tiles of rows of\nimage {image + 1}", colours[image], 12)
+        c.arrow(start + width / 2, 226, start + width / 2, 168)
+        c.box(start, 228, width, 34, f"K, V of image {image + 1}", GREY, 11)
+    c.note(540, 132, "one program reads each K/V tile\nonce for all texts of the image,\nwith an online softmax")
+    c.note(540, 236, "dK, dV: summed by the program that\nowns the tile, over the rows that the\nindex lists: no atomics, same every run")
+    c.note(20, 292, "Beams, answer candidates and hard negatives are more texts of an image: its K/V stay where they are.")
+    return c.svg()
+
+
+def contrastive() -> str:
+    c = Canvas(760, 290, "Contrastive softmax in one pass over the keys")
+    c.box(20, 40, 110, 60, "queries q\n(B, D)", BLUE)
+    c.box(20, 110, 110, 60, "teacher q'\n(B, D)", ORANGE)
+    c.text(180, 30, "keys: batch features, then the queue, a tile at a time", 13)
+    for i in range(7):
+        c.box(180 + i * 62, 40, 58, 130, "batch" if i == 0 else f"tile {i}", GREEN if i == 3 else GREY, 12)
+    c.arrow(134, 105, 176, 105)
+    c.arrow(397, 172, 397, 198)
+    c.box(180, 200, 432, 56, "per row: running maximum, sum of exponentials, mean key E[k]\nof student and teacher together", BLUE, 13)
+    c.note(630, 60, "the (B, N) matrix\nnever exists")
+    c.note(630, 212, "loss, dq and dT follow\nfrom logsumexp and the\ntwo mean keys")
+    c.note(20, 280, "Keys are read a second time only when they need a gradient themselves (CLIP's case).")
+    return c.svg()
+
+
+def hard_negatives() -> str:
+    c = Canvas(760, 250, "Hard negatives by Gumbel-max")
+    c.box(20, 50, 130, 60, "similarities\nof a tile", BLUE)
+    c.box(200, 50, 150, 60, "log(softmax + eps)\nequal ids: -inf", GREEN)
+    c.box(400, 50, 150, 60, "plus Gumbel noise\nof (row, column)", ORANGE)
+    c.box(600, 50, 130, 60, "running best\nof each row", BLUE)
+    for x in (152, 352, 552):
+        c.arrow(x, 80, x + 46, 80)
+    c.box(400, 150, 150, 50, "Philox(seed, step,\nrow, column)", GREY)
+    c.arrow(475, 148, 475, 114)
+    c.note(20, 150, "A draw with weight softmax + eps is the\nmaximum of log weight plus Gumbel noise:\nno probabilities, no cumulative sums,\nnothing that the host waits for.")
+    c.note(570, 150, "the number of a pair is a\nfunction of its place alone:\nthe same draw on any device,\ntile size and number of ranks")
+    return c.svg()
+
+
+def linear_ce() -> str:
+    c = Canvas(760, 230, "Linear cross-entropy without all logits")
+    c.box(20, 40, 120, 130, "hidden states\nof labelled tokens\n(T, D)", BLUE)
+    for i in range(3):
+        y = 40 + 46 * i
+        c.arrow(142, y + 19, 196, y + 19)
+        c.box(200, y, 250, 38, f"logits of piece {i + 1}: (C, V)", GREEN if i == 1 else GREY)
+        c.arrow(452, y + 19, 506, y + 19)
+    c.box(510, 40, 220, 130, "loss of the piece, and at once\nits gradients dh, dW, db:\nthe logits are then forgotten", ORANGE, 13)
+    c.note(20, 200, "Of 549 x 30,524 logits a piece exists at a time. Ignored tokens and the prompt are left out before\nanything is multiplied.")
+    return c.svg()
+
+
+def capfilt() -> str:
+    c = Canvas(760, 240, "CapFilt")
+    c.box(20, 60, 120, 60, "web pairs\n(image, text)", GREY)
+    c.box(200, 20, 150, 60, "captioner\nencode, K/V once", BLUE)
+    c.box(410, 60, 150, 60, "filter\nencode, K/V once", GREEN)
+    c.box(620, 60, 120, 60, "kept pairs\nas shards", ORANGE)
+    c.arrow(142, 80, 196, 55)
+    c.arrow(142, 100, 406, 100)
+    c.arrow(352, 50, 406, 76)
+    c.arrow(562, 90, 616, 90)
+    c.note(200, 98, "web text")
+    c.note(362, 46, "caption")
+    c.box(200, 150, 150, 40, "captions/", GREY)
+    c.box(410, 150, 150, 40, "scores/", GREY)
+    c.box(620, 150, 120, 40, "manifest.jsonl", GREY)
+    for x in (275, 485, 680):
+        c.arrow(x, 124 if x != 275 else 84, x, 148, dashed=True)
+    c.note(20, 222, "A unit of images is saved whole or not at all, whoever worked on it: one process, a rank, or Ray.")
+    return c.svg()
+
+
+PICTURES: dict[str, Callable[[], str]] = {
+    "packed-pass": packed_pass,
+    "cross-attention": cross_attention,
+    "contrastive": contrastive,
+    "hard-negatives": hard_negatives,
+    "linear-ce": linear_ce,
+    "capfilt": capfilt,
+}
