@@ -48,11 +48,21 @@ def api(module_name: str) -> str:
     """Markdown of a module's public names, in their order."""
     module = importlib.import_module(module_name)
     parts = [f"## `{module_name}`\n\n{_prose(module)}"]
-    for name in module.__all__:
+    for name in _public(module):
         value = getattr(module, name)
         if inspect.isclass(value) or inspect.isroutine(value):
-            parts.append(f"### `{name}`\n\n```text\n{name}{_signature(value)}\n```\n\n{_prose(value)}")
+            parts.append(
+                f"### `{name}`\n\n```text\n{name}{_signature(value)}\n```\n\n{_prose(value)}"
+            )
     return "\n\n".join(parts)
+
+
+def _public(module: Any) -> list[str]:
+    """What a module names, or what it defines without an underscore."""
+    if hasattr(module, "__all__"):
+        return list(module.__all__)
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return [n for n, v in own.items() if getattr(v, "__module__", None) == module.__name__]
 
 
 def _signature(value: Any) -> str:

@@ -17,7 +17,14 @@ class Canvas:
         self.parts: list[str] = []
 
     def box(
-        self, x: float, y: float, w: float, h: float, text: str = "", fill: str = GREY, size: int = 13
+        self,
+        x: float,
+        y: float,
+        w: float,
+        h: float,
+        text: str = "",
+        fill: str = GREY,
+        size: int = 13,
     ) -> None:
         self.parts.append(
             f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="4" fill="{fill}" stroke="{_INK}" '
@@ -55,8 +62,9 @@ class Canvas:
             'font-family="system-ui, sans-serif" role="img">\n'
             f"<title>{escape(self.title)}</title>\n"
             '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
-            f'markerHeight="7" orient="auto"><path d="M0 0 8 4 0 8z" fill="{_INK}"/></marker></defs>\n'
-            f'<rect width="{self.width}" height="{self.height}" rx="8" fill="#fff"/>\n{body}\n</svg>\n'
+            f'markerHeight="7" orient="auto"><path d="M0 0 8 4 0 8z" fill="{_INK}"/></marker>'
+            f'</defs>\n<rect width="{self.width}" height="{self.height}" rx="8" fill="#fff"/>\n'
+            f"{body}\n</svg>\n"
         )
 
 
@@ -83,7 +91,11 @@ def packed_pass() -> str:
     c.box(570, 166, 160, 40, "K/V of B images,\nprojected once", GREY, 12)
     c.arrow(568, 186, 504, 186)
     c.note(540, 96, "the one thing that\nthey do not share")
-    c.note(20, 290, "Per layer the original projects every image four times: positive, two negatives, LM.")
+    c.note(
+        20,
+        290,
+        "Per layer the original projects every image four times: positive, two negatives, LM.",
+    )
     return c.svg()
 
 
@@ -93,7 +105,7 @@ def cross_attention() -> str:
     colours = (BLUE, GREEN, ORANGE)
     x = 20.0
     starts = []
-    for image, lengths in enumerate(((60, 44, 52), (70,), (40, 56))):
+    for image, lengths in enumerate(((56, 44, 52), (116,), (52, 60))):
         starts.append((x, sum(lengths) + 4 * len(lengths)))
         for n, width in enumerate(lengths):
             c.box(x, 40, width, 30, f"text {n + 1}", colours[image], 11)
@@ -105,9 +117,24 @@ def cross_attention() -> str:
         c.box(start, 120, width, 44, f"tiles of rows of\nimage {image + 1}", colours[image], 12)
         c.arrow(start + width / 2, 226, start + width / 2, 168)
         c.box(start, 228, width, 34, f"K, V of image {image + 1}", GREY, 11)
-    c.note(540, 132, "one program reads each K/V tile\nonce for all texts of the image,\nwith an online softmax")
-    c.note(540, 236, "dK, dV: summed by the program that\nowns the tile, over the rows that the\nindex lists: no atomics, same every run")
-    c.note(20, 292, "Beams, answer candidates and hard negatives are more texts of an image: its K/V stay where they are.")
+    c.note(
+        540,
+        132,
+        "one program reads each K/V tile\nonce for all texts of the image,\nwith an online softmax",
+    )
+    c.note(
+        488,
+        236,
+        "dK, dV: summed by the program that\n"
+        "owns the tile, over the rows that the\n"
+        "index lists: no atomics, same every run",
+    )
+    c.note(
+        20,
+        292,
+        "Beams, answer candidates and hard negatives are more texts "
+        "of an image: its K/V stay where they are.",
+    )
     return c.svg()
 
 
@@ -117,13 +144,33 @@ def contrastive() -> str:
     c.box(20, 110, 110, 60, "teacher q'\n(B, D)", ORANGE)
     c.text(180, 30, "keys: batch features, then the queue, a tile at a time", 13)
     for i in range(7):
-        c.box(180 + i * 62, 40, 58, 130, "batch" if i == 0 else f"tile {i}", GREEN if i == 3 else GREY, 12)
+        c.box(
+            180 + i * 58,
+            40,
+            54,
+            130,
+            "batch" if i == 0 else f"tile {i}",
+            GREEN if i == 3 else GREY,
+            12,
+        )
     c.arrow(134, 105, 176, 105)
-    c.arrow(397, 172, 397, 198)
-    c.box(180, 200, 432, 56, "per row: running maximum, sum of exponentials, mean key E[k]\nof student and teacher together", BLUE, 13)
-    c.note(630, 60, "the (B, N) matrix\nnever exists")
-    c.note(630, 212, "loss, dq and dT follow\nfrom logsumexp and the\ntwo mean keys")
-    c.note(20, 280, "Keys are read a second time only when they need a gradient themselves (CLIP's case).")
+    c.arrow(381, 172, 381, 198)
+    c.box(
+        180,
+        200,
+        402,
+        56,
+        "per row: running maximum, sum of exponentials, mean key\nof student and teacher together",
+        BLUE,
+        12,
+    )
+    c.note(600, 60, "the (B, N) matrix\nnever exists")
+    c.note(596, 212, "loss, dq and dT follow\nfrom logsumexp and the\ntwo mean keys")
+    c.note(
+        20,
+        280,
+        "Keys are read a second time only when they need a gradient themselves (CLIP's case).",
+    )
     return c.svg()
 
 
@@ -137,8 +184,22 @@ def hard_negatives() -> str:
         c.arrow(x, 80, x + 46, 80)
     c.box(400, 150, 150, 50, "Philox(seed, step,\nrow, column)", GREY)
     c.arrow(475, 148, 475, 114)
-    c.note(20, 150, "A draw with weight softmax + eps is the\nmaximum of log weight plus Gumbel noise:\nno probabilities, no cumulative sums,\nnothing that the host waits for.")
-    c.note(570, 150, "the number of a pair is a\nfunction of its place alone:\nthe same draw on any device,\ntile size and number of ranks")
+    c.note(
+        20,
+        150,
+        "A draw with weight softmax + eps is the\n"
+        "maximum of log weight plus Gumbel noise:\n"
+        "no probabilities, no cumulative sums,\n"
+        "nothing that the host waits for.",
+    )
+    c.note(
+        570,
+        150,
+        "the number of a pair is a\n"
+        "function of its place alone:\n"
+        "the same draw on any device,\n"
+        "tile size and number of ranks",
+    )
     return c.svg()
 
 
@@ -150,8 +211,22 @@ def linear_ce() -> str:
         c.arrow(142, y + 19, 196, y + 19)
         c.box(200, y, 250, 38, f"logits of piece {i + 1}: (C, V)", GREEN if i == 1 else GREY)
         c.arrow(452, y + 19, 506, y + 19)
-    c.box(510, 40, 220, 130, "loss of the piece, and at once\nits gradients dh, dW, db:\nthe logits are then forgotten", ORANGE, 13)
-    c.note(20, 200, "Of 549 x 30,524 logits a piece exists at a time. Ignored tokens and the prompt are left out before\nanything is multiplied.")
+    c.box(
+        510,
+        40,
+        220,
+        130,
+        "loss of the piece, and at once\nits gradients dh, dW, db:\nthe logits are then forgotten",
+        ORANGE,
+        13,
+    )
+    c.note(
+        20,
+        200,
+        "Of 549 x 30,524 logits a piece exists at a time. Ignored tokens and "
+        "the prompt are left out before\n"
+        "anything is multiplied.",
+    )
     return c.svg()
 
 
@@ -172,7 +247,12 @@ def capfilt() -> str:
     c.box(620, 150, 120, 40, "manifest.jsonl", GREY)
     for x in (275, 485, 680):
         c.arrow(x, 124 if x != 275 else 84, x, 148, dashed=True)
-    c.note(20, 222, "A unit of images is saved whole or not at all, whoever worked on it: one process, a rank, or Ray.")
+    c.note(
+        20,
+        222,
+        "A unit of images is saved whole or not at all, whoever "
+        "worked on it: one process, a rank, or Ray.",
+    )
     return c.svg()
 
 

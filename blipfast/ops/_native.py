@@ -63,9 +63,16 @@ def why_not(tensor: Tensor | None = None) -> str | None:
         return f"native operators are for the CPU, the tensor is on {tensor.device}"
     if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16):
         return f"native operators take float32 and bfloat16, not {tensor.dtype}"
+    return _missing()
+
+
+# What was loaded does not change while a compiled graph lives, and loading cannot be traced.
+@torch.compiler.assume_constant_result
+def _missing() -> str | None:
     return _load()
 
 
+@torch.compiler.assume_constant_result
 def amx() -> bool:
     """Whether the operators are there, and the processor's AMX for bfloat16 may be used."""
     return os.environ.get(AMX_ENV_VAR) != "0" and _has_amx()

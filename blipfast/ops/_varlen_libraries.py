@@ -71,8 +71,13 @@ def without(module: str, function: str, install: str) -> WhyNot:
     return why_not
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # importing cannot be traced
 def _missing(module: str, function: str) -> str | None:
+    return _found_missing(module, function)
+
+
+@functools.cache
+def _found_missing(module: str, function: str) -> str | None:
     try:
         found = importlib.import_module(module)
     except Exception as error:  # a build for another torch fails in ways of its own

@@ -318,7 +318,8 @@ def with_epoch_length(config: TrainConfig) -> FitConfig:
     steps = samples // size if config.data.drop_last else -(-samples // size)
     if steps < 1:
         raise DataError(
-            f"the shards {config.data.shards} hold {samples} samples, not one batch of {size}"
+            f"the shards {', '.join(config.data.sources)} hold {samples} samples, not one batch of "
+            f"{size}"
         )
     return dataclasses.replace(run, steps_per_epoch=steps)
 

@@ -312,3 +312,21 @@ def test_varlen_attention_refuses_gradients_and_bad_offsets() -> None:
         torch.ops.blipfast_native.varlen_attention(
             torch.randn(3, 3, 2, 8), torch.tensor([0, 4], dtype=torch.int32), False
         )
+
+
+def test_a_graph_is_whole_when_the_library_is_not_loaded_yet() -> None:
+    """The first thing that a program does may be to compile."""
+    program = """
+import torch
+from blipfast.ops import contrastive_softmax
+step = lambda q, k, t: contrastive_softmax(q, k, t).mean()
+compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+q, k = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
+loss = compiled(q, k, torch.tensor(0.07))
+loss.backward()
+torch.testing.assert_close(loss, step(q, k, torch.tensor(0.07)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

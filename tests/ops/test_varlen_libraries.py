@@ -87,9 +87,9 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return attend(query, key, value, cu_seq_q, window == (-1, 0))
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    libraries._missing.cache_clear()
+    libraries._found_missing.cache_clear()
     yield asked
-    libraries._missing.cache_clear()
+    libraries._found_missing.cache_clear()
 
 
 from torch.nn.attention.varlen import varlen_attn as REAL_VARLEN  # noqa: E402
@@ -130,11 +130,11 @@ def test_without_them_nothing_changes(monkeypatch) -> None:
     assert name == "torch"
     assert "not flash_attn" in why
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it fails
-    libraries._missing.cache_clear()
+    libraries._found_missing.cache_clear()
     card = torch.empty(3, 3, 2, 8, device="meta").half()
     monkeypatch.setattr(type(card), "device", torch.device("cuda"), raising=False)
     reason = libraries.FIRST["flash_attn"][1](card)
     assert reason == (
         "flash_attn cannot be imported (ModuleNotFoundError); pip install 'blipfast[gpu]'"
     )
-    libraries._missing.cache_clear()
+    libraries._found_missing.cache_clear()
