@@ -193,7 +193,7 @@ def hard_negatives() -> str:
         "nothing that the host waits for.",
     )
     c.note(
-        570,
+        556,
         150,
         "the number of a pair is a\n"
         "function of its place alone:\n"
