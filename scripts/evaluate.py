@@ -2,7 +2,7 @@
 
 import sys
 
-from blipfast.cli import main
+from blipfast.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main(["evaluate", *sys.argv[1:]]))
+    program(["evaluate", *sys.argv[1:]])

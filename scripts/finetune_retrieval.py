@@ -2,7 +2,7 @@
 
 import sys
 
-from blipfast.cli import main
+from blipfast.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main(["train", "--config", "retrieval_coco", *sys.argv[1:]]))
+    program(["train", "--config", "retrieval_coco", *sys.argv[1:]])

@@ -10,10 +10,13 @@ words; 75 ended by SIGTERM and saved; 130 ended by Ctrl-C.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from blipfast.errors import BlipfastError, ConfigError, Preempted
 
@@ -40,13 +43,29 @@ examples:
 `blipfast COMMAND --help` explains a command."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand and returns its exit status."""
+def program(argv: Sequence[str] | None = None) -> NoReturn:
+    """`main` as a process of its own, which ends with its status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if argv is None and arguments[:1] and arguments[0] in COMMANDS:  # a program of its own
+    if arguments[:1] and arguments[0] in COMMANDS:
         from blipfast.environment import keep_freed_memory
 
         keep_freed_memory()
+    status = main(arguments)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # A rank's work is done and saved by now. After FSDP on gloo, a thread of torch's own now
+        # and then aborts the interpreter's ending (torch 2.11 to 2.13), which torchrun would take
+        # for a failure and start everything again.
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand and returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _run(arguments)
         sys.stdout.flush()  # here, where a reader that went away can still be dealt with

@@ -1,7 +1,5 @@
 """`python -m blipfast.cli`."""
 
-import sys
+from blipfast.cli import program
 
-from blipfast.cli import main
-
-sys.exit(main())
+program()

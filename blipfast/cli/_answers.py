@@ -82,11 +82,9 @@ def nlvr2(job: Job, records: Records) -> Outcome:
         second = records[2 * i + 1]
         if first.ids.get("pair") is None or first.ids.get("pair") != second.ids.get("pair"):
             raise DataError(
-                f"records {first.key} and {second.key} are no pair (ids pair); a broken image of a "
-                "pair must take its partner out too, as `blipfast data prepare nlvr2` sees to"
+                f"records {first.key} and {second.key} are no pair (ids pair); the two images of a "
+                "statement must follow each other, as `blipfast data prepare nlvr2` writes them"
             )
-    if len(records) % 2:
-        raise DataError(f"record {records[len(records) - 1].key} has no partner")
     sentences = [first.texts[0].text for first in firsts]
     own: dict[int, bool] = {}
     watch = Stopwatch()

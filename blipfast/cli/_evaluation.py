@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,8 @@ class Records:
     """Records of shards: their texts and ids lie in memory, their images are read when needed.
 
     Every image is decoded once beforehand, each rank seeing to its own, so that all ranks agree on
-    what is usable. bad: what is not. Raises DataError when more than `max_bad_fraction` is bad.
+    what is usable. bad: what is not, and what is the partner of such a one. Raises DataError when
+    more than `max_bad_fraction` is bad.
     """
 
     def __init__(self, shards: str, limit: int | None, max_bad_fraction: float) -> None:
@@ -41,8 +43,14 @@ class Records:
             except DataError as error:
                 broken[number] = BadRecord(str(index.shard), record.key, str(error))
         broken = {number: bad for part in gather(broken) for number, bad in part.items()}
-        self.bad = [bad for index in indices for bad in index.bad] + list(broken.values())
         kept = [number for number in range(len(places)) if number not in broken]
+        for number in _without_partner(found, kept):
+            record, (index, _) = found[number], places[number]
+            if number + 1 < len(places) or limit is None:  # else the limit has parted them
+                reason = "its partner cannot be used"
+                broken[number] = BadRecord(str(index.shard), record.key, reason)
+            kept.remove(number)
+        self.bad = [bad for index in indices for bad in index.bad] + list(broken.values())
         self._places = [places[number] for number in kept]
         self._records = [found[number] for number in kept]
         check_bad(self.bad, len(kept), max_bad_fraction)
@@ -59,6 +67,13 @@ class Records:
     def image(self, number: int) -> bytes:
         """The encoded image of a record."""
         return self._reader.read(*self._places[number]).image
+
+
+def _without_partner(records: Sequence[Record], kept: Sequence[int]) -> list[int]:
+    """Of the records kept, those of a pair (ids["pair"], NLVR2) whose other one is not."""
+    pairs = Counter(records[number].ids.get("pair") for number in kept)
+    del pairs[None]
+    return [number for number in kept if pairs.get(records[number].ids.get("pair")) == 1]
 
 
 def check_bad(bad: Sequence[BadRecord], good: int, max_bad_fraction: float) -> None:

@@ -106,6 +106,10 @@ def _add_options(parser: Any) -> None:
         "--keep_bytes", int, 2 << 30,
         "image tokens held in memory, per process; others are computed again for re-ranking",
     )  # fmt: skip
+    add(
+        "--reference_pairs", int, 0,
+        "retrieval: score so many pairs by a pass for each pair too, and print both speeds",
+    )  # fmt: skip
     add("--limit", int | None, None, "at most so many records or lines; by default all")
     add("--max_bad_fraction", float, 0.01, "share of unreadable records that ends the run")
     add(

@@ -15,6 +15,7 @@ from torch import Tensor
 from blipfast.errors import ShapeError
 from blipfast.evaluation.sharing import blocks, gather
 from blipfast.models.blip import PackedText
+from blipfast.models.reference import encode_padded
 from blipfast.tasks.retrieval import BlipForRetrieval
 
 NOT_A_CANDIDATE = -100.0  # score of a pair that ITC did not propose
@@ -88,6 +89,23 @@ def score_retrieval(
         torch.where(of_text, scores, outside),
         int(wanted.sum()),
     )
+
+
+@torch.no_grad()
+def plain_pair_logits(
+    model: BlipForRetrieval, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor
+) -> Tensor:
+    """ITM logits of class 1, `(N,)`, of N texts with one image, as the original scores them.
+
+    Every pair has an image of its own, whose keys and values are projected for it, and texts are
+    padded: what `score_retrieval` is measured against. image_embeds: `(1, S, D)`. input_ids,
+    attention_mask: `(N, L)`.
+    """
+    ids = input_ids.clone()
+    ids[:, 0] = model.text_config.enc_token_id
+    embeds = image_embeds.expand(len(ids), -1, -1).contiguous()
+    hidden = encode_padded(model.encoder, ids, attention_mask, cross_embeds=embeds)
+    return model.itm_head(hidden[:, 0])[:, 1]
 
 
 def _exchange(scores: Tensor, wanted: Tensor, own: list[int]) -> None:

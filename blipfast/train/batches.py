@@ -8,7 +8,7 @@ would have seen, and every sample of an epoch is seen once (`blipfast.data.share
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +104,7 @@ class ShardBatches:
 
     Attributes:
         quarantine: the records that were set aside, each once, and why.
+        on_quarantine: called with each of them at once; those known already when it is set, too.
 
     Raises:
         ConfigError: DALI is asked for and not installed.
@@ -131,6 +132,7 @@ class ShardBatches:
         self._sets, bad = _open_sets(config, task)
         self.quarantine: list[BadRecord] = bad if rank == 0 else []
         self._set_aside = {(one.shard, one.key) for one in bad}
+        self._on_quarantine: Callable[[BadRecord], None] | None = None
         self._reader = RecordReader()
         even = config.even_lengths and config.shuffle_buffer > 0
         turn = turn_of(config.batch_size, world_size, even)
@@ -261,6 +263,18 @@ class ShardBatches:
         if (bad.shard, bad.key) not in self._set_aside:
             self._set_aside.add((bad.shard, bad.key))
             self.quarantine.append(bad)
+            if self._on_quarantine is not None:
+                self._on_quarantine(bad)
+
+    @property
+    def on_quarantine(self) -> Callable[[BadRecord], None] | None:
+        return self._on_quarantine
+
+    @on_quarantine.setter
+    def on_quarantine(self, told: Callable[[BadRecord], None]) -> None:
+        self._on_quarantine = told
+        for bad in self.quarantine:
+            told(bad)
 
     def _clean(self, sample: Sample) -> str:
         if self.task == "vqa":

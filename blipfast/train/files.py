@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +58,34 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def quarantine_log(path: Path) -> Callable[[Any], None]:
+    """A function that adds a bad record to a JSON Lines file, unless it is there already.
+
+    The file is as good as the moment: a run that is killed has named what it had set aside. Ranks
+    may share it, since a short line is added as a whole. Raises TrainingError on a full disk.
+    """
+    known: set[tuple[str, str]] = set()
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that broke off
+                row = json.loads(line)
+                known.add((row["shard"], row["key"]))
+
+    def add(bad: Any) -> None:
+        if (bad.shard, bad.key) in known:
+            return
+        known.add((bad.shard, bad.key))
+        line = json.dumps(dataclasses.asdict(bad), ensure_ascii=False)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "ab") as file:
+                file.write(f"{line}\n".encode())
+        except OSError as error:
+            raise TrainingError(describe_write_error(path, error)) from error
+
+    return add
 
 
 def describe_write_error(path: Path, error: OSError, kept: str = "") -> str:

@@ -33,12 +33,11 @@ from blipfast.train.checkpoints import Checkpoints
 from blipfast.train.config import FitConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from blipfast.train.dry_run import show_plan
 from blipfast.train.engine import Batch, StepFn, StepOutput, fit
-from blipfast.train.files import write_whole
+from blipfast.train.files import quarantine_log, write_whole
 from blipfast.train.flops import peak_flops, sample_flops
 from blipfast.train.history import History
 from blipfast.train.parallel import whole_state
 from blipfast.train.ranks import (
-    gather_objects,
     local_rank,
     process_group,
     rank,
@@ -171,7 +170,8 @@ def run_training(config: TrainConfig, progress: Progress | None = None) -> Histo
     """Trains as configured and writes `config.output`; under torchrun on all its ranks.
 
     There: `model/` (our format, with its vocab.txt), `history.json`, `train.json` (the settings),
-    `checkpoint/` to resume from, and `quarantine.json` when records were set aside.
+    `checkpoint/` to resume from, and `quarantine.jsonl`, a line for each record that is set aside,
+    written at once.
 
     Raises ConfigError, DataError, CheckpointError and TrainingError, in words; Preempted after
     SIGTERM.
@@ -213,6 +213,7 @@ def _run_on_ranks(config: TrainConfig, device: torch.device, progress: Progress 
     if rank() == 0:
         text = json.dumps(settings, indent=2)
         write_whole(output / "train.json", lambda file: file.write(text.encode()))
+    batches.on_quarantine = quarantine_log(output / "quarantine.jsonl")
     history = fit(
         model.to(device),
         batches,
@@ -225,13 +226,8 @@ def _run_on_ranks(config: TrainConfig, device: torch.device, progress: Progress 
         watch=Watch(config.watch, output, settings) if rank() == 0 else None,
         timer=_timer(config, model, device),
     )
-    quarantine = [dataclasses.asdict(bad) for bad in batches.quarantine]
-    quarantine = [row for of_rank in gather_objects(quarantine) for row in of_rank]
     weights = whole_state(model)
     if rank() == 0:
-        if quarantine:
-            rows = json.dumps(quarantine, indent=1, ensure_ascii=False)
-            write_whole(output / "quarantine.json", lambda file: file.write(rows.encode()))
         history.to_json(output / "history.json")
         if weights is not None:  # the model's own parameters are shares
             model = build(recipe.task, model.config, recipe.options(config.objective))

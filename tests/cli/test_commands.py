@@ -139,6 +139,11 @@ def test_evaluate_retrieval(tmp_path, run):
     assert (result["images"], result["texts"], result["pairs_through_itm"]) == (6, 12, 72)
     assert result["itc"]["tr_r10"] > 0
     assert 0 <= result["itm"]["ir_r1"] <= result["itm"]["ir_r5"] <= 100
+    beside = json.loads(run("evaluate", *arguments, "--reference_pairs", "20")[1])
+    assert beside["reference"]["pairs"] == 20
+    assert beside["reference"]["largest_difference_of_logits"] < 1e-4
+    assert beside["reference"]["times_as_fast"] > 0
+    assert beside["itm"] == result["itm"]
     few = json.loads(run("evaluate", *arguments, "--k", "1", "--limit", "5")[1])
     assert few["images"] == 5
     assert few["pairs_through_itm"] <= 15

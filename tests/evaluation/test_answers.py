@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -154,9 +155,24 @@ def test_nlvr2(tmp_path, capsys):
     assert got["pairs"] == 4
 
 
+def test_a_broken_image_takes_its_partner_out_and_ends_nothing(tmp_path, capsys):
+    records = list(pairs(6))
+    broken = records[5]  # the second image of the third statement
+    records[5] = replace(broken, image=broken.image[: len(broken.image) // 2])
+    write(tmp_path / "shards", records)
+    got = evaluate(tmp_path, capsys, "nlvr2", "nlvr", "--max_bad_fraction", "0.2")
+    assert got["pairs"] == 5
+    assert got["bad_records"] == 2
+    lines = (tmp_path / "out" / "nlvr2_predictions.csv").read_text().splitlines()
+    assert len(lines) == 5
+    shutil.rmtree(tmp_path / "nlvr")
+    with pytest.raises(DataError, match="partner cannot be used"):
+        evaluate(tmp_path, capsys, "nlvr2", "nlvr", "--max_bad_fraction", "0.1")
+
+
 def test_nlvr2_out_of_step_is_named(tmp_path, capsys):
     records = pairs(3)
-    del records[2]
+    records[1], records[2] = records[2], records[1]
     write(tmp_path / "shards", records)
     with pytest.raises(DataError, match="are no pair"):
         evaluate(tmp_path, capsys, "nlvr2", "nlvr")

@@ -190,7 +190,8 @@ def test_bad_records_are_listed(tmp_path):
         "--fit.epochs", "1", "--data.drop_last", "false",
     )  # fmt: skip
     run_training(config)
-    rows = json.loads((tmp_path / "run" / "quarantine.json").read_text())
+    lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     assert [row["key"] for row in rows] == ["r002"]
 
 
