@@ -89,6 +89,13 @@ def run_bootstrap(config: BootstrapConfig, say: Callable[[str], None] = print) -
     return models
 
 
+def run_finetune(config: BootstrapConfig, say: Callable[[str], None] = print) -> tuple[Path, Path]:
+    """The first stage of the first round alone: captioner and filter, which may be one model."""
+    config.check()
+    job = _Job(config, say if rank() == 0 else lambda text: None)
+    return job.writers("round-1", Path(config.pretrained))
+
+
 class _Job:
     def __init__(self, config: BootstrapConfig, say: Callable[[str], None]) -> None:
         self.config, self.say, self.output = config, say, Path(config.output)
@@ -97,11 +104,7 @@ class _Job:
     def round(self, number: int, model: Path) -> Path:
         """One round, from a model to the next."""
         name, config = f"round-{number}", self.config
-        if config.models == "shared":
-            captioner = judge = self.train(f"{name}/shared", config.shared, model, config.human)
-        else:
-            captioner = self.train(f"{name}/captioner", config.captioner, model, config.human)
-            judge = self.train(f"{name}/filter", config.filter, model, config.human)
+        captioner, judge = self.writers(name, model)
         shards = self.output / name / "shards"
         self.say(f"{name}: caption and filter the web texts")
         report = run_capfilt(
@@ -119,6 +122,17 @@ class _Job:
         self.say(f"{name}: {report.kept} of {report.images} web images kept")
         start = model if config.start == "continued" else None
         return self.train(f"{name}/model", config.pretrain, start, str(shards))
+
+    def writers(self, name: str, model: Path) -> tuple[Path, Path]:
+        """Captioner and filter of a round, fine-tuned on the human-written texts."""
+        config = self.config
+        if config.models == "shared":
+            both = self.train(f"{name}/shared", config.shared, model, config.human)
+            return both, both
+        return (
+            self.train(f"{name}/captioner", config.captioner, model, config.human),
+            self.train(f"{name}/filter", config.filter, model, config.human),
+        )
 
     def train(
         self,

@@ -69,10 +69,13 @@ def write_report(folders: Sequence[str | Path], output: Path, seed: int = 0) -> 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
     """A name for each run, which says how it captioned."""
+    names = [run.name for run in runs]
+    if len({*names}) < len(names):  # as round-1/shards and round-2/shards
+        names = [f"{run.folder.resolve().parent.name}/{run.name}" for run in runs]
     methods = [run.config["method"] for run in runs]
     return [
-        run.name if method in run.name else f"{run.name} ({method})"
-        for run, method in zip(runs, methods, strict=True)
+        name if method in name else f"{name} ({method})"
+        for name, method in zip(names, methods, strict=True)
     ]
 
 

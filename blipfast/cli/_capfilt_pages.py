@@ -1,4 +1,4 @@
-"""`blipfast capfilt report|sample|calibrate|bootstrap`: what surrounds the stages."""
+"""`blipfast capfilt finetune|bootstrap|report|sample|calibrate`: what surrounds the stages."""
 
 from __future__ import annotations
 
@@ -83,6 +83,28 @@ def calibrate(argv: Sequence[str]) -> int:
         p, r = curve.precision[curve.chosen], curve.recall[curve.chosen]
         print(f"{kind}: threshold {curve.threshold:.4f} (precision {p:.1%}, recall {r:.1%})")
     print("blipfast capfilt filter", *(f"--{name} {value:.6g}" for name, value in chosen.items()))
+    return 0
+
+
+def finetune(argv: Sequence[str]) -> int:
+    from blipfast.capfilt.bootstrap import BootstrapConfig, packaged_bootstraps, run_finetune
+
+    named = packaged_bootstraps()
+    parser = make_parser(
+        "capfilt finetune",
+        "Captioner and filter from a pre-trained model, fine-tuned on human-written texts: apart, "
+        "or as one model (--models shared). Settings and output are those of `capfilt bootstrap`, "
+        "which goes on from here.",
+        """\
+  blipfast capfilt finetune --pretrained model_base_14M.pth --vocabulary vocab.txt \\
+      --human shards/coco --web shards/web --output runs/bootstrap""",
+        usage="blipfast capfilt finetune [--config NAME_OR_FILE] --pretrained MODEL --web SHARDS "
+        "--human SHARDS [--OPTION ...]",
+    )
+    add_dataclass(parser, BootstrapConfig)
+    config = parse_as(BootstrapConfig, parser, ["--config", "paper", *argv], named)
+    for model in dict.fromkeys(run_finetune(config, lambda text: print(text, flush=True))):
+        print(model)
     return 0
 
 

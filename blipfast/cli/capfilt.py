@@ -20,6 +20,7 @@ _REPEATED = {
     "--captioner": "captioners", "--filter": "filters", "--human": "human", "--trusted": "trusted",
 }  # fmt: skip
 _AROUND = {
+    "finetune": "captioner and filter from a pre-trained model, apart or as one",
     "bootstrap": "fine-tune captioner and filter, run all stages, train a new model; in rounds",
     "report": "a page on runs: kept and rejected texts, noise, diversity",
     "sample": "texts of a run to label by hand",

@@ -234,6 +234,24 @@ def test_every_bootstrap_runs_and_goes_on(variant, everything, tmp_path, capsys)
     assert (models[-1] / "vocab.txt").is_file()
 
 
+@pytest.mark.slow
+def test_finetuning_alone_is_the_start_of_a_bootstrap(everything, tmp_path, capsys) -> None:
+    output = ["--output", str(tmp_path / "out")]
+    assert main(["capfilt", "finetune", *everything[2:], *output]) == 0
+    said = capsys.readouterr().out.splitlines()
+    models = [
+        str(tmp_path / "out" / "round-1" / role / "model") for role in ("captioner", "filter")
+    ]
+    assert said[-2:] == models
+    assert not (tmp_path / "out" / "round-1" / "shards").exists()
+    assert main([*everything, *output]) == 0
+    assert capsys.readouterr().out.count("done before") == 2
+    runs = [str(tmp_path / "out" / "round-1" / "shards")] * 2
+    page = tmp_path / "rounds.html"
+    assert main(["capfilt", "report", *runs, "--output", str(page)]) == 0
+    assert "round-1/shards" in page.read_text()
+
+
 def test_bootstraps_are_the_recipes_of_the_paper() -> None:
     paper = yaml.safe_load(packaged_bootstraps()["paper"].read_text())
     for part, name in (
