@@ -19,6 +19,7 @@ from blipfast.models.reference import encode_padded
 from blipfast.tasks.retrieval import BlipForRetrieval
 
 NOT_A_CANDIDATE = -100.0  # score of a pair that ITC did not propose
+_ROWS = 512  # rows ranked at a time
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,11 @@ def score_retrieval(
             on_block(len(block))
     if own is not None:
         _exchange(itm, wanted, [i for batch in own for i in batch])
-    scores = itm + itc
-    outside = torch.full_like(scores, NOT_A_CANDIDATE)
-    return RetrievalScores(
-        itc,
-        torch.where(of_image, scores, outside),
-        torch.where(of_text, scores, outside),
-        int(wanted.sum()),
-    )
+    count = int(wanted.sum())
+    del wanted
+    scores = itm.add_(itc)  # for COCO's test set each of these matrices is half a gigabyte
+    to_image = scores.masked_fill(~of_text, NOT_A_CANDIDATE)
+    return RetrievalScores(itc, scores.masked_fill_(~of_image, NOT_A_CANDIDATE), to_image, count)
 
 
 @torch.no_grad()
@@ -177,10 +175,14 @@ def median_rank(scores: Tensor, targets: Sequence[Sequence[int]]) -> float:
 
 def _ranks(scores: Tensor, targets: list[list[int]]) -> Tensor:
     """For each row the best rank, from 0, of its targets."""
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    position = torch.empty_like(order)
-    position.scatter_(1, order, torch.arange(scores.shape[1]).expand_as(order).to(order.device))
-    return torch.stack([position[i, t].min() for i, t in enumerate(targets)])
+    ranks = []
+    places = torch.arange(scores.shape[1], device=scores.device)
+    for start in range(0, scores.shape[0], _ROWS):  # sorting all at once would take six times them
+        order = scores[start : start + _ROWS].argsort(dim=1, descending=True, stable=True)
+        position = torch.empty_like(order).scatter_(1, order, places.expand_as(order))
+        its = targets[start : start + _ROWS]
+        ranks += [row[target].min() for row, target in zip(position, its, strict=True)]
+    return torch.stack(ranks)
 
 
 def _top_k_mask(scores: Tensor, k: int, dim: int) -> Tensor:
