@@ -8,9 +8,10 @@ from blipfast.capfilt.decisions import (
     filter_candidates,
     read_manifest,
 )
-from blipfast.capfilt.models import caption_records, model_hash, score_records
+from blipfast.capfilt.models import caption_records, score_records
 from blipfast.capfilt.report import CapFiltReport
 from blipfast.capfilt.run import run_capfilt, run_stage
+from blipfast.checkpoints import model_hash
 
 __all__ = [
     "Candidate",

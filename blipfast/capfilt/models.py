@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blipfast.capfilt.config import CapFiltConfig
 from blipfast.capfilt.decisions import SYNTHETIC, Candidate, Score, says_something
@@ -19,16 +19,6 @@ from blipfast.tasks.caption import BlipForCaptioning
 from blipfast.tasks.retrieval import BlipForRetrieval
 
 _ROWS = 64  # texts side by side: as many as the decoder's layers read their weights for at once
-
-
-def model_hash(model: nn.Module) -> str:
-    """Sixteen hex digits that name a model's weights: equal weights, equal hash."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def image_number(key: str) -> int:

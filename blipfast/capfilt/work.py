@@ -15,9 +15,9 @@ from torch import Tensor
 
 from blipfast.capfilt.config import CapFiltConfig, Stage
 from blipfast.capfilt.decisions import Candidate
-from blipfast.capfilt.models import caption_records, model_hash, score_records
+from blipfast.capfilt.models import caption_records, score_records
 from blipfast.capfilt.store import ImageRow, JudgedText, Unit, UnitStore
-from blipfast.checkpoints import load_model
+from blipfast.checkpoints import load_model, model_hash
 from blipfast.data import BlipTokenizer, load_image
 from blipfast.data.augment import View
 from blipfast.data.images import normalise

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blipfast.capfilt.models import model_hash
+from blipfast.checkpoints import model_hash
 from blipfast.data import BlipTokenizer, EvalTransform, load_image
 from blipfast.data.records import IMAGE_EXTENSIONS
 from blipfast.errors import ConfigError, DataError
