@@ -44,10 +44,10 @@ demo: $(STAMP)
 	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(BIN)/pytest -n $(WORKERS) -m 'not gpu' $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m 'not gpu' $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
-	$(BIN)/pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m slow $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -63,7 +63,8 @@ def score_retrieval(
     if text.packing.num_sequences != num_texts:
         raise ShapeError(f"{num_texts} text features came with {text.packing.num_sequences} texts")
     embeds_of = _lookup(image_embeds)
-    itc = image_feats.float() @ text_feats.float().T
+    with torch.autocast(image_feats.device.type, enabled=False):  # bf16 would make ties of them
+        itc = image_feats.float() @ text_feats.float().T
     of_image = _top_k_mask(itc, k, dim=1)
     of_text = _top_k_mask(itc, k, dim=0)
     itm = torch.full_like(itc, NOT_A_CANDIDATE)

@@ -171,7 +171,8 @@ class FolderIndex:
         device = next(model.parameters()).device
         batch = tokenizer(list(texts), max_length=35).to(device)
         packed = PackedText.from_padded(batch.input_ids, batch.attention_mask)
-        cosines = model.text_features(packed).float().cpu() @ self.features.T
+        with torch.autocast("cpu", enabled=False):  # bf16 would make ties of them
+            cosines = model.text_features(packed).float().cpu() @ self.features.T
         results = []
         for number, row in enumerate(cosines):
             best = row.topk(min(max(count, candidates), len(self.paths))).indices.tolist()

@@ -19,6 +19,7 @@ from shards import captions, dialogues, pairs, questions, tokenizer, write
 
 from blipfast.checkpoints import save_model
 from blipfast.checkpoints.load import build
+from blipfast.cli import main
 from blipfast.errors import DataError
 from blipfast.evaluation import sharing
 from blipfast.evaluation.sharing import blocks, gather_by_number, own_blocks, share
@@ -111,6 +112,16 @@ def outputs(folder: Path) -> dict[str, object]:
         elif path.suffix == ".csv":
             found[str(path.relative_to(folder))] = path.read_text()
     return found
+
+
+@pytest.mark.slow
+def test_every_task_runs_in_bf16(tmp_path):
+    """Under autocast the numbers move a little, and nothing stops."""
+    (tmp_path / "sets.json").write_text(json.dumps(data(tmp_path)))
+    for argv in calls(tmp_path, tmp_path / "out"):
+        assert main([*argv, "--precision", "bf16"]) == 0, argv
+    scores = json.loads((tmp_path / "out" / "retrieval" / "metrics.json").read_text())
+    assert scores["itm"]["ir_r10"] == 100.0  # of five images
 
 
 @pytest.mark.slow
