@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from blipfast.capfilt.decisions import SYNTHETIC, Decision
+from blipfast.capfilt.statistics import Reservoir
 from blipfast.errors import ConfigError, DataError
 
 KINDS = ("web", SYNTHETIC)  # "web": every source but the captioners
@@ -48,22 +49,23 @@ def sample_texts(decisions: Iterable[Decision], count: int, seed: int = 0) -> li
 
     So that the few near the threshold are seen too. Raises DataError when no text was judged.
     """
-    bins: dict[tuple[str, int], list[Label]] = {}
+    rng = random.Random(seed)
+    bins: dict[tuple[str, int], Reservoir[Label]] = {}
     for row in decisions:
         if row.itm is None or row.text is None or row.reason == "empty text":
             continue
         label = Label(row.key, row.text, row.source, row.itm)
         place = min(int(row.itm * _BINS), _BINS - 1)
-        bins.setdefault((label.kind, place), []).append(label)
+        bins.setdefault((label.kind, place), Reservoir(count, rng)).add(label)
     if not bins:
         raise DataError("no text of this run was judged: it had no filter")
-    rng = random.Random(seed)
     chosen: list[Label] = []
     for kind in KINDS:
-        groups = [group for (k, _), group in sorted(bins.items()) if k == kind]
-        for group, size in zip(groups, _even([len(g) for g in groups], count // 2), strict=True):
-            drawn = rng.sample(group, size)
-            chosen += [replace(label, weight=len(group) / size) for label in drawn]
+        groups = [bins[key] for key in sorted(bins) if key[0] == kind]
+        sizes = _even([len(group.kept) for group in groups], count // 2)
+        for group, size in zip(groups, sizes, strict=True):
+            drawn = rng.sample(group.kept, size)
+            chosen += [replace(label, weight=group.seen / size) for label in drawn]
     rng.shuffle(chosen)
     return chosen
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 import json
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from blipfast.capfilt.calibrate import Curve, Label, labels_to_json
 from blipfast.capfilt.decisions import SYNTHETIC, Decision, read_manifest, write_lines
 from blipfast.capfilt.statistics import RunStatistics, statistics_of
 from blipfast.data import read_shards
-from blipfast.data.index import RecordReader, index_shards
+from blipfast.data.index import RecordReader, index_shard
 from blipfast.errors import ConfigError, DataError
 from blipfast.evaluation.figures import as_svg, pyplot
 from blipfast.evaluation.page import thumbnail
@@ -113,9 +115,11 @@ def _histogram(runs: Mapping[str, Run]) -> str:
     plt = pyplot()
     figure, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 2.8), squeeze=False)
     for axis, (name, run) in zip(axes[0], runs.items(), strict=True):
-        for source, scores in sorted(run.statistics.scores.items()):
-            colour = _COLOURS.get(source)
-            axis.hist(scores, bins=40, range=(0, 1), alpha=0.55, label=source, color=colour)
+        for source, counts in sorted(run.statistics.scores.items()):
+            edges = [i / len(counts) for i in range(len(counts) + 1)]
+            axis.stairs(
+                counts, edges, fill=True, alpha=0.55, label=source, color=_COLOURS.get(source)
+            )
         axis.axvline(run.config["threshold"], color="#444", linestyle="--", linewidth=1)
         axis.set_title(name)
         axis.set_xlabel("ITM probability")
@@ -133,15 +137,16 @@ class _Card:
 
 def _gallery(run: Run, seed: int) -> list[_Card]:
     """Some images with their texts, the ones with both kept and rejected texts first."""
-    of: dict[str, list[Decision]] = {}
-    for row in read_manifest(run.manifest):
-        if row.text is not None:
-            of.setdefault(row.key, []).append(row)
-    keys = sorted(of)
-    random.Random(seed).shuffle(keys)
-    keys.sort(key=lambda key: len({row.accepted for row in of[key]}) < 2)
-    images = _images(run.config["input"], keys[:_CARDS])
-    return [_Card(images[key], of[key]) for key in keys[:_CARDS] if key in images]
+
+    def order(rows: list[Decision]) -> tuple[bool, bytes]:
+        name = f"{seed}/{rows[0].key}".encode()
+        return len({row.accepted for row in rows}) < 2, hashlib.blake2b(name).digest()
+
+    readable = (row for row in read_manifest(run.manifest) if row.text is not None)
+    each = (list(rows) for _, rows in groupby(readable, key=lambda row: row.key))
+    chosen = heapq.nsmallest(_CARDS, each, key=order)
+    images = _images(run.config["input"], [rows[0].key for rows in chosen])
+    return [_Card(images[rows[0].key], rows) for rows in chosen if rows[0].key in images]
 
 
 def _images(pattern: str, keys: Sequence[str]) -> dict[str, str]:
@@ -149,7 +154,10 @@ def _images(pattern: str, keys: Sequence[str]) -> dict[str, str]:
     wanted, found = set(keys), dict[str, str]()
     reader = RecordReader()
     try:
-        for index in index_shards(read_shards(pattern).shards):
+        for shard in read_shards(pattern).shards:
+            if len(found) == len(wanted):
+                break
+            index = index_shard(shard)
             for row, key in enumerate(index.keys.tolist()):
                 name = key.decode()
                 if name in wanted and name not in found:

@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from blipfast.capfilt.config import CapFiltConfig, Stage
 from blipfast.capfilt.report import CapFiltReport
-from blipfast.capfilt.store import Mark, Unit, UnitStore, claim, units_of
+from blipfast.capfilt.store import Mark, Unit, UnitStore, claim, remove_left_overs, units_of
 from blipfast.capfilt.work import (
     Models,
     decoding_pool,
@@ -32,7 +32,13 @@ from blipfast.errors import ConfigError
 from blipfast.tasks.caption import BlipForCaptioning
 from blipfast.tasks.retrieval import BlipForRetrieval
 from blipfast.train.progress import training_progress
-from blipfast.train.ranks import gather_objects, process_group, rank, world_size
+from blipfast.train.ranks import (
+    gather_objects,
+    process_group,
+    rank,
+    started_by_torchrun,
+    world_size,
+)
 from blipfast.train.recipes import pick_device
 
 _DAY = 86_400.0  # ranks wait for the slowest; torchrun ends them when one dies
@@ -100,6 +106,8 @@ class CapFiltRun:
         self.config, self.on_images = config, on_images
         self.indices = {index.shard.stem: index for index in index_shards(input_shards(config))}
         self.units = units_of(self.indices.values(), config.unit)
+        if config.runner == "ray" and started_by_torchrun():
+            raise ConfigError("capfilt.runner=ray is started once, not by torchrun")
         self.captions = UnitStore(config.work_folder / "captions")
         self.scores = UnitStore(config.work_folder / "scores")
         self.models_given = models is not None
@@ -162,13 +170,17 @@ class CapFiltRun:
         fingerprint = self.config.fingerprint("filter", *scored.captioners, "", *scored.filters)
         mark = dataclasses.replace(scored, fingerprint=fingerprint)
         output = Path(self.config.output)
-        claim(output / "capfilt.json", mark, self.config.to_dict())
-        indices = list(self.indices.values())
+        if rank() == 0:
+            claim(output / "capfilt.json", mark, self.config.to_dict())
+            remove_left_overs(output)
+        gather_objects(None)
+        units: dict[str, list[Unit]] = {stem: [] for stem in self.indices}
+        for unit in self.units:
+            units[unit.stem].append(unit)
         skipped = 0
-        for index in indices[rank() :: world_size()]:
-            units = [unit for unit in self.units if unit.stem == index.shard.stem]
-            rows = (row for unit in units for row in self.scores.read(unit))
-            skipped += not write_shard(self.config, index, rows, mark)
+        for stem in list(self.indices)[rank() :: world_size()]:
+            rows = (row for unit in units[stem] for row in self.scores.read(unit))
+            skipped += not write_shard(self.config, self.indices[stem], rows, mark)
         skipped = sum(gather_objects(skipped))
         report = CapFiltReport()
         if rank() == 0:
@@ -177,12 +189,12 @@ class CapFiltRun:
 
     def _work(self, store: UnitStore, mark: Mark, stage: Stage) -> None:
         """Brings all units of a stage into its store, by this process, all ranks, or Ray."""
-        store.claim(mark, self.config.to_dict())
-        if rank() == 0:
-            for left_over in store.folder.rglob(".*.tmp-*"):
-                left_over.unlink(missing_ok=True)
-        # Rank 0's list for all: others may already see units that it has finished since.
-        todo = gather_objects([unit for unit in self.units if not store.done(unit)])[0]
+        todo: list[Unit] = []
+        if rank() == 0:  # its list for all: others would already see units that it has finished
+            store.claim(mark, self.config.to_dict())
+            remove_left_overs(store.folder)
+            todo = [unit for unit in self.units if not store.done(unit)]
+        todo = gather_objects(todo)[0]
         with self._progress() as progress:
             bar = progress.add_task(stage, total=sum(u.stop - u.start for u in todo), rate="")
             for unit in self._finished(store, todo, stage):

@@ -6,11 +6,16 @@ Everything is read from a run's manifest.
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from blipfast.capfilt.decisions import SYNTHETIC, Decision
+
+BINS = 40
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,19 +77,22 @@ class SourceCounts:
 
 @dataclass
 class RunStatistics:
-    """sources: counts by source. scores: ITM of judged texts, by source. synthetic: diversity of
-    the captions. unreadable: images that could not be read."""
+    """sources: counts by source. scores: by source, how many judged texts have their ITM in each
+    of `BINS` equal parts of 0 to 1. synthetic: diversity of the captions, or of as many of them as
+    fit a sample. unreadable: images that could not be read."""
 
     sources: dict[str, SourceCounts] = field(default_factory=dict)
-    scores: dict[str, list[float]] = field(default_factory=dict)
+    scores: dict[str, list[int]] = field(default_factory=dict)
     synthetic: Diversity = field(default_factory=lambda: diversity([]))
     unreadable: int = 0
 
 
-def statistics_of(decisions: Iterable[Decision]) -> RunStatistics:
-    """Of all rows of a manifest."""
+def statistics_of(
+    decisions: Iterable[Decision], most_captions: int = 200_000, seed: int = 0
+) -> RunStatistics:
+    """Of all rows of a manifest, of any length. most_captions: of which diversity is counted."""
     found = RunStatistics()
-    captions = []
+    captions = Reservoir[str](most_captions, random.Random(seed))
     for row in decisions:
         if row.text is None:
             found.unreadable += 1
@@ -93,9 +101,26 @@ def statistics_of(decisions: Iterable[Decision]) -> RunStatistics:
         counts.texts += 1
         counts.accepted += row.accepted
         if row.itm is not None:
-            found.scores.setdefault(row.source, []).append(row.itm)
+            bins = found.scores.setdefault(row.source, [0] * BINS)
+            bins[min(int(row.itm * BINS), BINS - 1)] += 1
             counts.rejected += not row.accepted and not row.reason
         if row.source == SYNTHETIC and row.reason != "empty text":
-            captions.append(row.text)
-    found.synthetic = diversity(captions)
+            captions.add(row.text)
+    found.synthetic = diversity(captions.kept)
     return found
+
+
+class Reservoir(Generic[T]):
+    """A random sample of a stream, each item as likely as any other. seen: items that came."""
+
+    def __init__(self, size: int, rng: random.Random) -> None:
+        self.size, self.rng = size, rng
+        self.kept: list[T] = []
+        self.seen = 0
+
+    def add(self, item: T) -> None:
+        self.seen += 1
+        if len(self.kept) < self.size:
+            self.kept.append(item)
+        elif (place := self.rng.randrange(self.seen)) < self.size:
+            self.kept[place] = item

@@ -158,6 +158,12 @@ def claim(path: Path, mark: Mark, settings: dict[str, Any]) -> None:
         write_lines(path, [json.dumps(body, indent=1)])
 
 
+def remove_left_overs(folder: Path) -> None:
+    """Deletes the temporary files of processes that were killed while they wrote."""
+    for left_over in folder.rglob(".*.tmp-*"):
+        left_over.unlink(missing_ok=True)
+
+
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 from blipfast.capfilt.config import CapFiltConfig, Ensemble
@@ -116,21 +117,20 @@ def finish(config: CapFiltConfig, stems: Sequence[str], skipped: int) -> CapFilt
     """One manifest of all parts, the human-written sets beside the shards, and the counts."""
     output = Path(config.output)
     texts, accepted = Counter[str](), Counter[str]()
-    images, kept, unreadable = set(), set(), 0
+    images = kept = unreadable = 0
 
     def rows() -> Iterator[str]:
-        nonlocal unreadable
+        nonlocal images, kept, unreadable
         for stem in stems:
-            for row in read_manifest(output / _PARTS / f"{stem}.jsonl"):
-                if row.text is None:
-                    unreadable += 1
-                else:
-                    images.add((stem, row.key))
-                    texts[row.source] += 1
-                if row.accepted:
-                    kept.add((stem, row.key))
-                    accepted[row.source] += 1
-                yield row.to_json()
+            part = read_manifest(output / _PARTS / f"{stem}.jsonl")
+            for _, its in groupby(part, key=lambda row: row.key):  # an image's rows are together
+                row_of = list(its)
+                unreadable += sum(row.text is None for row in row_of)
+                images += any(row.text is not None for row in row_of)
+                kept += any(row.accepted for row in row_of)
+                texts.update(row.source for row in row_of if row.text is not None)
+                accepted.update(row.source for row in row_of if row.accepted)
+                yield from (row.to_json() for row in row_of)
 
     write_lines(output / "manifest.jsonl", rows())
     shards = [
@@ -144,8 +144,8 @@ def finish(config: CapFiltConfig, stems: Sequence[str], skipped: int) -> CapFilt
         human_shards=[str(path) for path in join_human(config.human, output, set(stems))],
         texts=dict(texts),
         accepted=dict(accepted),
-        images=len(images),
-        kept=len(kept),
+        images=images,
+        kept=kept,
         unreadable=unreadable,
         skipped_shards=skipped,
     )

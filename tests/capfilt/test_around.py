@@ -22,7 +22,7 @@ from blipfast.capfilt.calibrate import (
     read_labels,
     sample_texts,
 )
-from blipfast.capfilt.statistics import diversity, entropy, statistics_of
+from blipfast.capfilt.statistics import Reservoir, diversity, entropy, statistics_of
 from blipfast.cli import main
 from blipfast.errors import ConfigError, DataError
 from blipfast.train.config import packaged_configs
@@ -61,6 +61,19 @@ def test_noise_ratio_counts_what_the_filter_rejects() -> None:
     assert found.unreadable == 1
 
 
+def test_a_reservoir_is_fair_and_bounded() -> None:
+    counts = Counter()
+    for seed in range(3000):
+        sample = Reservoir(3, random.Random(seed))
+        for item in range(10):
+            sample.add(item)
+        assert len(sample.kept) == len({*sample.kept}) == 3
+        counts.update(sample.kept)
+    assert sample.seen == 10
+    # Each is kept 3 times in 10; the standard deviation of a count is 25.
+    assert all(abs(counts[item] - 900) < 125 for item in range(10))
+
+
 def noisy_decisions(count: int = 4000):
     """Texts that match with probability `itm ** 2`, and that truth."""
     rng = random.Random(0)
@@ -83,6 +96,7 @@ def test_a_sample_is_spread_over_the_scores() -> None:
     # Together they stand for all texts.
     assert sum(label.weight for label in labels) == pytest.approx(len(rows))
     assert sample_texts(rows, 200) == labels
+    assert len({label.key for label in labels}) == 200
     assert len(sample_texts(rows[:5], 200)) == 5
     with pytest.raises(DataError, match="no filter"):
         sample_texts([decision(0, "a", "web", None, True, "no filter")], 10)
