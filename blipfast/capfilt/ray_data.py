@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,34 +21,36 @@ from blipfast.capfilt.work import Models, UnitImages, decoding_pool, read_unit, 
 from blipfast.data.index import RecordReader, index_shard
 from blipfast.errors import ConfigError
 
-if TYPE_CHECKING:
-    from blipfast.capfilt.run import CapFiltRun
-
 Row = dict[str, Any]
 
 
 def work_on_ray(
-    run: CapFiltRun, store: UnitStore, todo: Sequence[Unit], stage: Stage
+    config: CapFiltConfig,
+    sides: Sequence[int],
+    shards: Mapping[str, Path],
+    captions: UnitStore,
+    store: UnitStore,
+    todo: Sequence[Unit],
+    stage: Stage,
 ) -> Iterator[Unit]:
     """Does the units on the Ray cluster of RAY_ADDRESS, or one of this machine's own.
 
-    Raises ConfigError when Ray is absent, or models were handed over that no checkpoint holds.
+    sides: of the squares that the models look at. shards: by the units' stems. captions, store:
+    what earlier stages wrote, and where this one writes.
+    Raises ConfigError when Ray is absent.
     """
     try:
         import ray
     except ImportError as error:
         raise ConfigError("capfilt.runner=ray needs Ray: pip install 'blipfast[ray]'") from error
-    if run.models_given:
-        raise ConfigError("with capfilt.runner=ray name the models' checkpoints: Ray loads them")
     if not todo:
         return
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False  # the run has its own
-    config = run.config
-    sides = sorted(run.models.sides)
-    shards = {index.shard.stem: str(index.shard.resolve()) for index in run.indices.values()}
-    rows = [{**dataclasses.asdict(unit), "shard": shards[unit.stem]} for unit in todo]
+    rows = [
+        {**dataclasses.asdict(unit), "shard": str(shards[unit.stem].resolve())} for unit in todo
+    ]
     decoded = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         _Decode,  # type: ignore[arg-type]
         fn_constructor_args=(config, sides),
@@ -57,7 +59,7 @@ def work_on_ray(
     )
     finished = decoded.map_batches(
         _Worker,
-        fn_constructor_args=(config, sides, run.captions.folder, store.folder, stage),
+        fn_constructor_args=(config, sides, captions.folder, store.folder, stage),
         batch_size=1,
         concurrency=config.ray_models,
         num_gpus=1 if _on_cards(config, ray.cluster_resources()) else 0,
@@ -79,7 +81,7 @@ def _unit(row: Row) -> Unit:
 class _Decode:
     """A row that names a unit, to one with its images."""
 
-    def __init__(self, config: CapFiltConfig, sides: list[int]) -> None:
+    def __init__(self, config: CapFiltConfig, sides: Sequence[int]) -> None:
         self.sides = sides
         self.pool, self.reader = decoding_pool(config), RecordReader()
 
@@ -97,7 +99,7 @@ class _Worker:
     def __init__(
         self,
         config: CapFiltConfig,
-        sides: list[int],
+        sides: Sequence[int],
         captions: Path,
         store: Path,
         stage: Stage,

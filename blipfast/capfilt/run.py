@@ -108,6 +108,8 @@ class CapFiltRun:
         self.units = units_of(self.indices.values(), config.unit)
         if config.runner == "ray" and started_by_torchrun():
             raise ConfigError("capfilt.runner=ray is started once, not by torchrun")
+        if config.runner == "ray" and models is not None:
+            raise ConfigError("with capfilt.runner=ray name the checkpoints: Ray loads the models")
         self.captions = UnitStore(config.work_folder / "captions")
         self.scores = UnitStore(config.work_folder / "scores")
         self.models_given = models is not None
@@ -216,7 +218,10 @@ class CapFiltRun:
         if self.config.runner == "ray":
             from blipfast.capfilt.ray_data import work_on_ray
 
-            yield from work_on_ray(self, store, todo, stage)
+            shards = {stem: index.shard for stem, index in self.indices.items()}
+            yield from work_on_ray(
+                self.config, sorted(self.models.sides), shards, self.captions, store, todo, stage
+            )
             return
         own = todo[rank() :: world_size()]
         with decoding_pool(self.config) as pool:
