@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import workloads
+from blipfast.evaluation.vqa import rank_plainly
 from blipfast.models.blip import PackedText
 from blipfast.models.config import blip_config
-from blipfast.models.reference import encode_padded
 from blipfast.tasks.vqa import BlipForVQA
 
 QUESTIONS, ANSWERS, K = 2, 3_128, 128
@@ -30,37 +29,6 @@ def answer_texts() -> tuple[Tensor, Tensor]:
     draws = torch.rand(ANSWERS, generator=generator)
     lengths = 3 + (draws > 0.6).long() + (draws > 0.85).long() + 3 * (draws > 0.99).long()
     return workloads.texts(lengths.tolist(), seed=1)
-
-
-@torch.no_grad()
-def rank_per_pass(
-    model: BlipForVQA, question: Tensor, mask: Tensor, ids: Tensor, answer_mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Candidates `(B, K)` and the log-likelihood of each, by the original's formulation."""
-    batch, dec = len(question), model.text_config.dec_token_id
-    starts = torch.full((batch, 1), dec)
-    ones = torch.ones_like(starts)
-    hidden = encode_padded(
-        model.decoder, starts, ones, cross_embeds=question, cross_mask=mask, causal=True
-    )
-    probs = model.lm_head(hidden)[:, 0].float().softmax(-1)[:, ids[:, 1]]
-    chosen = probs.topk(K, dim=1).indices
-    inputs, keep = ids[chosen.flatten()].clone(), answer_mask[chosen.flatten()]
-    inputs[:, 0] = dec
-    hidden = encode_padded(
-        model.decoder,
-        inputs,
-        keep,
-        cross_embeds=question.repeat_interleave(K, dim=0),
-        cross_mask=mask.repeat_interleave(K, dim=0),
-        causal=True,
-    )
-    logits = model.lm_head(hidden)[:, :-1].contiguous().float()
-    targets = inputs.masked_fill(keep == 0, -100)[:, 1:]
-    losses = F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1, reduction="none"
-    )
-    return chosen, -losses.view(batch, K, -1).sum(-1)
 
 
 @pytest.fixture(scope="module", params=DTYPES)
@@ -76,7 +44,7 @@ def setting(request: pytest.FixtureRequest) -> dict[str, Any]:
         states = model.encode_question(pixels, question_ids, question_mask)
 
     def per_pass() -> tuple[Tensor, Tensor]:
-        return rank_per_pass(model, states.embeds[0], question_mask, ids, answer_mask)
+        return rank_plainly(model, states.embeds[0], question_mask, ids, answer_mask, K)
 
     ranked = model.rank(states, answers, K)
     chosen, likelihood = per_pass()

@@ -108,7 +108,7 @@ def _add_options(parser: Any) -> None:
     )  # fmt: skip
     add(
         "--reference_pairs", int, 0,
-        "retrieval: score so many pairs by a pass for each pair too, and print both speeds",
+        "retrieval, VQA: also score about so many pairs by a padded pass for each, for its speed",
     )  # fmt: skip
     add("--limit", int | None, None, "at most so many records or lines; by default all")
     add("--max_bad_fraction", float, 0.01, "share of unreadable records that ends the run")

@@ -141,6 +141,16 @@ def test_a_test_part_gives_a_file_for_the_server(tmp_path, capsys):
     assert len(json.loads((tmp_path / "out" / "vqa_result.json").read_text())) == 3
 
 
+def test_vqa_ranking_beside_a_pass_for_each_pair(tmp_path, capsys):
+    write(tmp_path / "shards", questions(4))
+    (tmp_path / "answers.json").write_text(json.dumps(["yes", "no", "dog", "two", "red dog"]))
+    more = ["--answers", str(tmp_path / "answers.json"), "--k", "3", "--reference_pairs", "7"]
+    got = evaluate(tmp_path, capsys, "vqa", "vqa", *more)["reference"]
+    assert got["pairs"] == 6  # two questions
+    assert got["largest_difference_of_log_likelihoods"] < 1e-4
+    assert got["times_as_fast"] > 0
+
+
 def test_nlvr2(tmp_path, capsys):
     write(
         tmp_path / "shards",
