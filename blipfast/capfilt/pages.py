@@ -7,11 +7,10 @@ import heapq
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from blipfast.capfilt.calibrate import Curve, Label, labels_to_json
 from blipfast.capfilt.decisions import SYNTHETIC, Decision, read_manifest, write_lines
@@ -20,7 +19,7 @@ from blipfast.data import read_shards
 from blipfast.data.index import RecordReader, index_shard
 from blipfast.errors import ConfigError, DataError
 from blipfast.evaluation.figures import as_svg, pyplot
-from blipfast.evaluation.page import thumbnail
+from blipfast.evaluation.page import template, thumbnail
 
 _COLOURS = {SYNTHETIC: "#2e7d4f", "web": "#c0504d"}
 _CARDS = 24
@@ -33,7 +32,11 @@ class Run:
     name: str
     folder: Path
     config: Mapping[str, Any]
-    statistics: RunStatistics
+
+    @cached_property
+    def statistics(self) -> RunStatistics:
+        """Of the whole manifest, which is read for them once."""
+        return statistics_of(read_manifest(self.manifest))
 
     @property
     def manifest(self) -> Path:
@@ -41,15 +44,16 @@ class Run:
 
 
 def open_run(folder: str | Path) -> Run:
-    """Reads a run's settings and manifest. Raises ConfigError when the folder has none."""
+    """Reads a run's settings. Raises ConfigError when the folder has none, or no manifest."""
     folder = Path(folder)
     try:
         config = json.loads((folder / "capfilt.json").read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder} is no output of CapFilt: {error}") from error
-    if not (folder / "manifest.jsonl").is_file():
+    run = Run(folder.name, folder, config)
+    if not run.manifest.is_file():
         raise ConfigError(f"{folder} has no manifest yet: run the stage `filter` first")
-    return Run(folder.name, folder, config, statistics_of(read_manifest(folder / "manifest.jsonl")))
+    return run
 
 
 def write_report(folders: Sequence[str | Path], output: Path, seed: int = 0) -> None:
@@ -60,7 +64,7 @@ def write_report(folders: Sequence[str | Path], output: Path, seed: int = 0) -> 
     runs = [open_run(folder) for folder in folders]
     labels = _labels(runs)
     galleries = [(labels[i], _gallery(run, seed)) for i, run in enumerate(runs)]
-    page = _template("report.html.j2").render(
+    page = template("blipfast.capfilt", "report.html.j2").render(
         runs=list(zip(labels, runs, strict=True)),
         table=_table(runs),
         histogram=_histogram(dict(zip(labels, runs, strict=True))),
@@ -170,13 +174,12 @@ def _images(pattern: str, keys: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def write_labelling_page(labels: Sequence[Label], folder: str | Path, output: Path) -> None:
-    """A page on which one says of each text whether it matches, and saves the label file.
+def write_labelling_page(labels: Sequence[Label], run: Run, output: Path) -> None:
+    """A page on which one says of each text of a run whether it matches, and saves the label file.
 
-    folder: of the run whose texts they are. Beside the page the file is written as it is before
-    anyone has labelled, for those who label elsewhere.
+    Beside the page the file is written as it is before anyone has labelled, for those who label
+    elsewhere.
     """
-    run = open_run(folder)
     images = _images(run.config["input"], [label.key for label in labels])
     shown = [label for label in labels if label.key in images]
     lines = labels_to_json(shown)
@@ -184,7 +187,9 @@ def write_labelling_page(labels: Sequence[Label], folder: str | Path, output: Pa
     cards = [
         (images[label.key], label.text, line) for label, line in zip(shown, lines, strict=True)
     ]
-    page = _template("label.html.j2").render(cards=cards, name=output.with_suffix(".jsonl").name)
+    page = template("blipfast.capfilt", "label.html.j2").render(
+        cards=cards, name=output.with_suffix(".jsonl").name
+    )
     write_lines(output, [page])
 
 
@@ -207,18 +212,7 @@ def write_calibration_page(curves: Mapping[str, Curve], output: Path) -> None:
         axis.set_ylim(0, 1.03)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    page = _template("calibration.html.j2").render(
+    page = template("blipfast.capfilt", "calibration.html.j2").render(
         curves=list(curves.values()), plot=as_svg(figure)
     )
     write_lines(output, [page])
-
-
-def _template(name: str):  # type: ignore[no-untyped-def]
-    environment = Environment(
-        loader=PackageLoader("blipfast.capfilt", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(name)

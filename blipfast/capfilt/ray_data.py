@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,10 @@ class _Decode:
     def __init__(self, config: CapFiltConfig, sides: Sequence[int]) -> None:
         self.sides = sides
         self.pool, self.reader = decoding_pool(config), RecordReader()
+        self.index = lru_cache(maxsize=8)(index_shard)  # its units come one after the other
 
     def __call__(self, row: Row) -> Row:
-        index = index_shard(Path(row["shard"]))
+        index = self.index(Path(row["shard"]))
         images = read_unit(_unit(row), index, self.reader, self.sides, self.pool)
         words = [images.keys, list(images.errors.items()), images.texts, images.good]
         pixels = {f"pixels_{side}": images.pixels[side].tobytes() for side in self.sides}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 
 from rich.progress import Progress
@@ -224,8 +225,7 @@ class CapFiltRun:
             )
             return
         own = todo[rank() :: world_size()]
-        with decoding_pool(self.config) as pool:
-            reader = RecordReader()
+        with decoding_pool(self.config) as pool, closing(RecordReader()) as reader:
             sides = self.models.sides
             decoded = (
                 (unit, read_unit(unit, self.indices[unit.stem], reader, sides, pool))
@@ -234,7 +234,6 @@ class CapFiltRun:
             for unit, images in ahead(decoded, depth=1):
                 work_on_unit(self.models, self.captions, store, unit, images, stage)
                 yield unit
-            reader.close()
 
 
 def input_shards(config: CapFiltConfig) -> list[Path]:

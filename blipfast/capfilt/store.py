@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blipfast.capfilt.decisions import write_lines
+from blipfast.capfilt.decisions import Candidate, write_lines
 from blipfast.data.index import ShardIndex
 from blipfast.errors import ConfigError, DataError
 
@@ -42,16 +42,12 @@ def units_of(indices: Iterable[ShardIndex], size: int) -> list[Unit]:
 
 
 @dataclass(frozen=True)
-class JudgedText:
+class JudgedText(Candidate):
     """A candidate and what each filter thinks of it.
 
-    captioner: hash of the weights that wrote it, None for a text that came with the image.
     itm, itc: a number of each filter, as `Score` has them; None where it was not judged.
     """
 
-    text: str
-    source: str
-    captioner: str | None = None
     itm: tuple[float, ...] | None = None
     itc: tuple[float, ...] | None = None
 

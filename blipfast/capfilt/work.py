@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from blipfast.capfilt.config import CapFiltConfig, Stage
-from blipfast.capfilt.decisions import Candidate
 from blipfast.capfilt.models import caption_records, score_records
 from blipfast.capfilt.store import ImageRow, JudgedText, Unit, UnitStore
 from blipfast.checkpoints import load_model, model_hash
@@ -92,6 +91,13 @@ class Models:
         self.config = config
         self.device = pick_device(config.device)
         self.tokenizer = tokenizer
+        for model in (*captioners, *filters):
+            words = model.config.text.vocab_size
+            if tokenizer.vocab_size != words:
+                raise ConfigError(
+                    f"the vocabulary has {tokenizer.vocab_size} pieces, the "
+                    f"{type(model).__name__} {words}: give the models' own as capfilt.vocabulary"
+                )
         self.captioner_hashes = tuple(map(model_hash, captioners))
         self.filter_hashes = tuple(map(model_hash, filters))
         self.captioners = [self._ready(model) for model in captioners]
@@ -118,7 +124,7 @@ class Models:
 
     def captioned(self, images: UnitImages) -> list[ImageRow]:
         """What the captioners write about each image; no text that came with it."""
-        candidates: list[list[Candidate]] = [[] for _ in images.good]
+        texts: list[list[JudgedText]] = [[] for _ in images.good]
         for model, writer in zip(self.captioners, self.captioner_hashes, strict=True):
             found = caption_records(
                 model,
@@ -128,23 +134,22 @@ class Models:
                 self.config,
                 writer=writer,
             )
-            candidates = [a + b for a, b in zip(candidates, found, strict=True)]
-        return _rows(images, [[_unjudged(one) for one in its] for its in candidates])
+            for its, written in zip(texts, found, strict=True):
+                its += [JudgedText(one.text, one.source, one.captioner) for one in written]
+        return _rows(images, texts)
 
     def judged(self, images: UnitImages, written: Sequence[ImageRow]) -> list[ImageRow]:
         """Every text of each image, its own first, with what the filters think of it.
 
         written: of all records of the unit, what `captioned` gave.
         """
-        candidates = [
-            [Candidate(text, source) for text, source in images.texts[i]]
-            + [Candidate(one.text, one.source, one.captioner) for one in written[i].texts]
+        texts = [
+            [JudgedText(text, source) for text, source in images.texts[i]] + [*written[i].texts]
             for i in images.good
         ]
-        texts = [[_unjudged(one) for one in its] for its in candidates]
         for model in self.filters:
             for start, pixels in self._batches(images, model):
-                asked = candidates[start : start + len(pixels)]
+                asked = texts[start : start + len(pixels)]
                 scores = score_records(model, self.tokenizer, pixels, asked, self.config)
                 for i, its in enumerate(scores, start):
                     texts[i] = [
@@ -203,13 +208,8 @@ def _side(model: Blip) -> int:
     return model.config.vision.image_size
 
 
-def _unjudged(one: Candidate) -> JudgedText:
-    return JudgedText(one.text, one.source, one.captioner)
-
-
 def _with(one: JudgedText, itm: float, itc: float) -> JudgedText:
-    scores = (*(one.itm or ()), itm), (*(one.itc or ()), itc)
-    return JudgedText(one.text, one.source, one.captioner, *scores)
+    return replace(one, itm=(*(one.itm or ()), itm), itc=(*(one.itc or ()), itc))
 
 
 def _rows(images: UnitImages, texts: Sequence[Sequence[JudgedText]]) -> list[ImageRow]:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from blipfast.capfilt.config import CapFiltConfig, Ensemble
 from blipfast.capfilt.decisions import (
-    Candidate,
     Decision,
     Score,
     filter_candidates,
@@ -88,7 +87,7 @@ def _decide(config: CapFiltConfig, row: ImageRow, mark: Mark) -> list[Decision]:
         return [_unreadable(row.key, row.error, config)]
     return filter_candidates(
         row.key,
-        [Candidate(text.text, text.source, text.captioner) for text in row.texts],
+        row.texts,
         [combined(text, config.ensemble) for text in row.texts],
         threshold=config.threshold,
         synthetic_threshold=config.synthetic_threshold,

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blipfast.cli._parsing import add_dataclass, make_parser, parse, parse_as
+
+if TYPE_CHECKING:
+    from blipfast.capfilt.bootstrap import BootstrapConfig
 
 
 def report(argv: Sequence[str]) -> int:
@@ -46,7 +50,7 @@ def sample(argv: Sequence[str]) -> int:
 
     run = open_run(values["run"])
     labels = sample_texts(read_manifest(run.manifest), values["count"], values["seed"])
-    write_labelling_page(labels, run.folder, Path(values["output"]))
+    write_labelling_page(labels, run, Path(values["output"]))
     print(values["output"])
     return 0
 
@@ -87,36 +91,31 @@ def calibrate(argv: Sequence[str]) -> int:
 
 
 def finetune(argv: Sequence[str]) -> int:
-    from blipfast.capfilt.bootstrap import BootstrapConfig, packaged_bootstraps, run_finetune
+    from blipfast.capfilt.bootstrap import run_finetune
 
-    named = packaged_bootstraps()
-    parser = make_parser(
-        "capfilt finetune",
+    config = _bootstrap_config(
+        argv,
+        "finetune",
         "Captioner and filter from a pre-trained model, fine-tuned on human-written texts: apart, "
         "or as one model (--models shared). Settings and output are those of `capfilt bootstrap`, "
         "which goes on from here.",
         """\
   blipfast capfilt finetune --pretrained model_base_14M.pth --vocabulary vocab.txt \\
       --human shards/coco --web shards/web --output runs/bootstrap""",
-        usage="blipfast capfilt finetune [--config NAME_OR_FILE] --pretrained MODEL --web SHARDS "
-        "--human SHARDS [--OPTION ...]",
     )
-    add_dataclass(parser, BootstrapConfig)
-    config = parse_as(BootstrapConfig, parser, ["--config", "paper", *argv], named)
     for model in dict.fromkeys(run_finetune(config, lambda text: print(text, flush=True))):
         print(model)
     return 0
 
 
 def bootstrap(argv: Sequence[str]) -> int:
-    from blipfast.capfilt.bootstrap import BootstrapConfig, packaged_bootstraps, run_bootstrap
+    from blipfast.capfilt.bootstrap import run_bootstrap
 
-    named = packaged_bootstraps()
-    parser = make_parser(
-        "capfilt bootstrap",
+    config = _bootstrap_config(
+        argv,
+        "bootstrap",
         "The whole of it: fine-tune captioner and filter, caption and filter the web, train a "
-        "new model on what is kept; in rounds, if asked. A run that was stopped goes on. Settings "
-        f"for --config, on top of the paper's: {', '.join(named)}.",
+        "new model on what is kept; in rounds, if asked. A run that was stopped goes on.",
         """\
   blipfast capfilt bootstrap --pretrained model_base_14M.pth --vocabulary vocab.txt \\
       --web shards/web --human shards/coco --output runs/bootstrap
@@ -126,11 +125,25 @@ def bootstrap(argv: Sequence[str]) -> int:
 
   # the paper's comparison: as many steps on the web texts as they are
   blipfast capfilt bootstrap --config web_longer --pretrain.fit.steps 100000 ...""",
-        usage="blipfast capfilt bootstrap [--config NAME_OR_FILE] --pretrained MODEL --web SHARDS "
-        "--human SHARDS [--OPTION ...]",
     )
-    add_dataclass(parser, BootstrapConfig)
-    config = parse_as(BootstrapConfig, parser, ["--config", "paper", *argv], named)
     for model in run_bootstrap(config, lambda text: print(text, flush=True)):
         print(model)
     return 0
+
+
+def _bootstrap_config(
+    argv: Sequence[str], command: str, description: str, examples: str
+) -> BootstrapConfig:
+    """The paper's settings, under those that are named and given."""
+    from blipfast.capfilt.bootstrap import BootstrapConfig, packaged_bootstraps
+
+    named = packaged_bootstraps()
+    parser = make_parser(
+        f"capfilt {command}",
+        f"{description} Settings for --config, on top of the paper's: {', '.join(named)}.",
+        examples,
+        usage=f"blipfast capfilt {command} [--config NAME_OR_FILE] --pretrained MODEL --web SHARDS "
+        "--human SHARDS [--OPTION ...]",
+    )
+    add_dataclass(parser, BootstrapConfig)
+    return parse_as(BootstrapConfig, parser, ["--config", "paper", *argv], named)

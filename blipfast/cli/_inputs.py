@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from rich.progress import (
 )
 
 from blipfast.errors import ConfigError, DataError
+from blipfast.serve.folder import ImageBatches
 
 
 def say_failed(error: DataError) -> None:
@@ -23,15 +27,24 @@ def say_failed(error: DataError) -> None:
     print(f"blipfast: left out: {error}", file=sys.stderr)
 
 
-def reading_bar(total: int) -> Progress:
-    """A bar of files read, on stderr and on a terminal only; has one task."""
+@contextmanager
+def reading(total: int) -> Iterator[Callable[[], None]]:
+    """A bar of files read, on stderr and on a terminal only; yields what is called for each."""
     console = Console(stderr=True)
-    bar = Progress(
+    with Progress(
         TextColumn("read"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=console, transient=True, disable=not console.is_terminal,
-    )  # fmt: skip
-    bar.add_task("read", total=total)
-    return bar
+    ) as bar:  # fmt: skip
+        task = bar.add_task("read", total=total)
+        yield lambda: bar.advance(task)
+
+
+@contextmanager
+def image_batches(paths: Sequence[Path], model: Any, batch_size: int) -> Iterator[ImageBatches]:
+    """The pictures as the model takes them, under a bar; what cannot be read is named."""
+    side = model.config.vision.image_size
+    with reading(len(paths)) as on_read:
+        yield ImageBatches(paths, side, batch_size, say_failed, on_read)
 
 
 def load_for(

@@ -47,7 +47,7 @@ def _run(
     from blipfast.cli import _inputs
     from blipfast.generation import GenerationOptions, caption_images
     from blipfast.generation.options import Method
-    from blipfast.serve.folder import ImageBatches, find_images
+    from blipfast.serve.folder import find_images
 
     method: Method = "nucleus" if nucleus else "beam"
     paths = find_images(images)
@@ -61,11 +61,7 @@ def _run(
     model, tokenizer, where = _inputs.load_for(
         "caption", checkpoint, vocabulary, device, image_size
     )
-    with _inputs.reading_bar(len(paths)) as bar:
-        batches = ImageBatches(
-            paths, model.config.vision.image_size, batch_size, _inputs.say_failed,
-            lambda: bar.advance(bar.task_ids[0]),
-        )  # fmt: skip
+    with _inputs.image_batches(paths, model, batch_size) as batches:
         for names, pixels in batches:
             options: dict[str, Any] = {"num_beams": beams}
             if nucleus:  # draws go by an image's place among all images, not by batches

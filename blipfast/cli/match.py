@@ -42,7 +42,7 @@ def _run(
 
     from blipfast.cli import _inputs
     from blipfast.models.blip import PackedText
-    from blipfast.serve.folder import ImageBatches, find_images
+    from blipfast.serve.folder import find_images
 
     paths = find_images(images)
     model, tokenizer, where = _inputs.load_for(
@@ -50,11 +50,7 @@ def _run(
     )
     batch = tokenizer(text, max_length=35).to(where)
     packed = PackedText.from_padded(batch.input_ids, batch.attention_mask)
-    with _inputs.reading_bar(len(paths)) as bar:
-        batches = ImageBatches(
-            paths, model.config.vision.image_size, batch_size, _inputs.say_failed,
-            lambda: bar.advance(bar.task_ids[0]),
-        )  # fmt: skip
+    with _inputs.image_batches(paths, model, batch_size) as batches:
         for names, pixels in batches:
             count = len(names)
             with torch.inference_mode(), _inputs.autocast(where, precision):

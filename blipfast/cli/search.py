@@ -61,10 +61,10 @@ def _run(
         failed.append(error)
         _inputs.say_failed(error)
 
-    with _inputs.reading_bar(len(paths)) as bar, _inputs.autocast(where, precision):
+    with _inputs.reading(len(paths)) as on_read, _inputs.autocast(where, precision):
         features = FolderIndex.build(
             paths, model, batch_size=batch_size, file=None if index is None else Path(index),
-            on_failed=on_failed, on_read=lambda: bar.advance(bar.task_ids[0]),
+            on_failed=on_failed, on_read=on_read,
         )  # fmt: skip
         found = features.search(
             model, tokenizer, texts, count=count, candidates=candidates, batch_size=batch_size

@@ -8,8 +8,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from blipfast.capfilt import Decision
 from blipfast.data.records import image_extension
 from blipfast.demo.concepts import CONCEPTS
@@ -17,6 +15,7 @@ from blipfast.demo.figures import filter_plots, loss_curves
 from blipfast.demo.result import DemoResult
 from blipfast.demo.scenes import DemoRecord
 from blipfast.errors import DataError
+from blipfast.evaluation.page import template
 
 _GALLERY = 24
 _EXAMPLES = 8
@@ -65,18 +64,11 @@ def write_page(result: DemoResult, path: Path) -> Path:
 
 def render_page(result: DemoResult) -> str:
     """The page as a string."""
-    environment = Environment(
-        loader=PackageLoader("blipfast.demo", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     histories = {
         "noisy": result.noisy.pretraining,
         "bootstrapped": result.bootstrapped.pretraining,
     }
-    return environment.get_template("page.html.j2").render(
+    return template("blipfast.demo", "page.html.j2").render(
         r=result,
         s=result.settings,
         rows=comparison_rows(result),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
 from blipfast.data import load_image
@@ -47,6 +47,18 @@ def thumbnail(image: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def template(package: str, name: str) -> Template:
+    """A page's template that lies in a package; what is filled in is escaped and must be there."""
+    environment = Environment(
+        loader=PackageLoader(package, "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
 def render_page(title: str, metrics: Mapping[str, Any], outcome: Outcome) -> str:
     """The page, with everything in it."""
     words = (*outcome.words, "the truth is withheld")
@@ -56,12 +68,5 @@ def render_page(title: str, metrics: Mapping[str, Any], outcome: Outcome) -> str
         cards = [_Card([thumbnail(image) for image in one.images], one) for one in chosen]
         if cards:
             groups.append((word, cards))
-    environment = Environment(
-        loader=PackageLoader("blipfast.evaluation", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("page.html.j2")
-    return template.render(title=title, rows=list(flat_rows(metrics)), groups=groups)
+    page = template("blipfast.evaluation", "page.html.j2")
+    return page.render(title=title, rows=list(flat_rows(metrics)), groups=groups)

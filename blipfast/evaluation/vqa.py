@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipfast.data import BlipTokenizer, pre_question
+from blipfast.data.text import TextBatch
 from blipfast.errors import DataError
 from blipfast.models.blip import PackedText
 from blipfast.models.reference import encode_padded
@@ -150,11 +151,14 @@ class Answerer:
         """How many questions with an answer are looked at for so many questions."""
         return questions * (1 if self.candidates is None else min(self.k, len(self.candidates)))
 
+    def _encoded(self, questions: Sequence[str]) -> TextBatch:
+        cleaned = [pre_question(question) for question in questions]
+        return self.tokenizer(cleaned, max_length=35, kind="raw").to(self._device)
+
     @torch.inference_mode()
     def __call__(self, image_embeds: Tensor, questions: Sequence[str]) -> list[str]:
         """An answer to each of B questions, `image_embeds (B, S, D)`."""
-        cleaned = [pre_question(question) for question in questions]
-        asked = self.tokenizer(cleaned, max_length=35, kind="raw").to(self._device)
+        asked = self._encoded(questions)
         if self._listed is None or self.candidates is None:
             generated = self.model.generate(
                 None, asked.input_ids, asked.attention_mask, image_embeds=image_embeds,
@@ -178,8 +182,7 @@ class Answerer:
         if self._listed is None or self.candidates is None:
             return None
         k = min(self.k, len(self.candidates))
-        cleaned = [pre_question(question) for question in questions]
-        asked = self.tokenizer(cleaned, max_length=35, kind="raw").to(self._device)
+        asked = self._encoded(questions)
         text = PackedText.from_padded(asked.input_ids, asked.attention_mask)
         answers = self.tokenizer(self.candidates, 64, kind="raw").to(self._device)
         states = self.model.question_states(image_embeds, text)

@@ -213,8 +213,9 @@ class StreamSampler:
         """Each text's next token, from logits `(P, n, V)`."""
         rows, place = logits.flatten(0, 1), decoder.lengths.repeat_interleave(self.n)
         scores = penalise_repetition(rows, texts.tokens.flatten(0, 1), self.options.penalty)
+        if scores is rows:
+            scores = scores.clone()
         short = place < self.options.min_length
-        scores = scores.clone()
         scores[:, self.sep].masked_fill_(short, -torch.inf)
         uniforms = texts.uniforms.flatten(0, 1)
         if uniforms.shape[1]:

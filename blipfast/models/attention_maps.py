@@ -49,7 +49,7 @@ def token_maps(
     Raises ShapeError for more than one image or text, ConfigError for a layer that is not there.
     """
     layers = model.encoder.layers
-    number = 2 * len(layers) // 3 - 1 if layer is None else layer
+    number = max(0, 2 * len(layers) // 3 - 1) if layer is None else layer
     if not 0 <= number < len(layers):
         raise ConfigError(f"layer {layer}: the text encoder has layers 0 to {len(layers) - 1}")
     if image_embeds.shape[0] != 1 or text.packing.num_sequences != 1:
@@ -57,7 +57,7 @@ def token_maps(
             f"maps are of one image and one text, got {image_embeds.shape[0]} and "
             f"{text.packing.num_sequences}"
         )
-    layer_module = cast(TextLayer, layers[max(number, 0)])
+    layer_module = cast(TextLayer, layers[number])
     attention = cast(CrossAttention, layer_module.cross_attention).attention
     kept: list[Tensor] = []
 

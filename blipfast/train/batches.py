@@ -104,7 +104,6 @@ class ShardBatches:
 
     Attributes:
         quarantine: the records that were set aside, each once, and why.
-        on_quarantine: called with each of them at once; those known already when it is set, too.
 
     Raises:
         ConfigError: DALI is asked for and not installed.
@@ -266,12 +265,8 @@ class ShardBatches:
             if self._on_quarantine is not None:
                 self._on_quarantine(bad)
 
-    @property
-    def on_quarantine(self) -> Callable[[BadRecord], None] | None:
-        return self._on_quarantine
-
-    @on_quarantine.setter
-    def on_quarantine(self, told: Callable[[BadRecord], None]) -> None:
+    def tell_quarantine(self, told: Callable[[BadRecord], None]) -> None:
+        """Calls `told` with each record that was set aside, and from now on with each that is."""
         self._on_quarantine = told
         for bad in self.quarantine:
             told(bad)

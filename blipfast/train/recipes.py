@@ -213,7 +213,7 @@ def _run_on_ranks(config: TrainConfig, device: torch.device, progress: Progress 
     if rank() == 0:
         text = json.dumps(settings, indent=2)
         write_whole(output / "train.json", lambda file: file.write(text.encode()))
-    batches.on_quarantine = quarantine_log(output / "quarantine.jsonl")
+    batches.tell_quarantine(quarantine_log(output / "quarantine.jsonl"))
     history = fit(
         model.to(device),
         batches,

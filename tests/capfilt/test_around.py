@@ -6,12 +6,16 @@ import dataclasses
 import json
 import random
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+from shards import tiny_bootstrap
 
 from blipfast.capfilt import CapFiltConfig, Decision, read_manifest, run_capfilt
 from blipfast.capfilt.bootstrap import BootstrapConfig, packaged_bootstraps, run_bootstrap
@@ -193,25 +197,11 @@ def test_pages(shards, checkpoints, tmp_path, capsys) -> None:
     assert "is no output of CapFilt" in capsys.readouterr().err
 
 
-def tiny(name: str) -> dict:
-    model = {"image_size": 32} if name != "pretrain" else {"preset": "blip_tiny", "image_size": 32}
-    return {
-        "model": model,
-        "data": {"batch_size": 2, "threads": 1, "augment": False},
-        "fit": {"steps": 2, "epochs": None, "warmup_steps": 0, "precision": "fp32"},
-        "objective": {"queue_size": 8},
-        "watch": {"tensorboard": False},
-        "device": "cpu",
-    }
-
-
 @pytest.fixture
 def everything(shards, checkpoints, tmp_path) -> list[str]:
     """Arguments of a bootstrap at toy size."""
-    config = {name: tiny(name) for name in ("captioner", "filter", "shared", "pretrain")}
-    config["capfilt"] = {"threshold": 0.0, "max_length": 10, "precision": "fp32", "device": "cpu"}
     file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(config))
+    file.write_text(yaml.safe_dump(tiny_bootstrap()))
     human = tmp_path / "human"
     shutil.copytree(shards, human)
     for shard in human.glob("*.tar"):

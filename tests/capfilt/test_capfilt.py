@@ -28,7 +28,7 @@ from blipfast.capfilt import (
     score_records,
 )
 from blipfast.capfilt import work as work_module
-from blipfast.data import ShardWriter, read_shards
+from blipfast.data import BlipTokenizer, ShardWriter, read_shards
 from blipfast.errors import ConfigError, DataError
 from blipfast.models.blip import PackedText
 
@@ -262,6 +262,15 @@ def test_a_missing_vocabulary_is_said(shards, tmp_path, checkpoints) -> None:
     (bare / "vocab.txt").unlink()
     with pytest.raises(DataError, match="vocab"):
         run_capfilt(_config(shards, tmp_path / "out", filters=(str(bare),), keep="web"))
+
+
+def test_a_vocabulary_of_other_models_is_refused(shards, tmp_path, models) -> None:
+    """Their words would be read and written as others."""
+    captioner, judge, tokenizer = models
+    other, _ = BlipTokenizer.subset(["a dog"], tokenizer)
+    with pytest.raises(ConfigError, match="pieces, the BlipForCaptioning"):
+        _run(_config(shards, tmp_path / "out"), (captioner, judge, other))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+from shards import tiny_bootstrap
 
 from blipfast.checkpoints import save_hf, save_model
 from blipfast.data import BlipTokenizer, Record, ShardWriter, TextEntry
@@ -54,18 +58,6 @@ def img2dataset(folder: Path) -> None:
                 info = tarfile.TarInfo(f"{n:09d}.{extension}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-
-
-def tiny_training(preset: str | None) -> dict:
-    model = {"image_size": 32} | ({"preset": preset} if preset else {})
-    return {
-        "model": model,
-        "data": {"batch_size": 2, "threads": 1, "augment": False},
-        "fit": {"steps": 2, "epochs": None, "warmup_steps": 0, "precision": "fp32"},
-        "objective": {"queue_size": 8},
-        "watch": {"tensorboard": False},
-        "device": "cpu",
-    }
 
 
 @pytest.fixture(scope="session")
@@ -110,10 +102,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for source in ("web", "synthetic")
     ]
     (folder / "labelled.jsonl").write_text("\n".join(map(json.dumps, labels)))
-    tiny = {name: tiny_training(None) for name in ("captioner", "filter", "shared")}
-    tiny["pretrain"] = tiny_training("blip_tiny")
-    tiny["capfilt"] = {"threshold": 0.0, "max_length": 10, "precision": "fp32", "device": "cpu"}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_bootstrap()))
     return folder
 
 

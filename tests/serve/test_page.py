@@ -71,7 +71,7 @@ def page(server):
     if BROWSER is None:
         if os.environ.get("BLIPFAST_REQUIRE_BROWSER"):
             pytest.fail(f"no browser is installed; looked for {', '.join(BROWSERS)}")
-        pytest.skip("no Chromium here; CI has one")
+        pytest.skip(f"install one of {', '.join(BROWSERS)} to run it, as CI does")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

@@ -35,6 +35,26 @@ def record(number: int, texts: list[tuple[str, str]], image: bytes | None = None
     )
 
 
+def tiny_settings(preset: str | None = None) -> dict:
+    """A training of two steps in the time of a test, as settings of `blipfast train`."""
+    model = {"image_size": 32} | ({"preset": preset} if preset else {})
+    return {
+        "model": model,
+        "data": {"batch_size": 2, "threads": 1, "augment": False},
+        "fit": {"steps": 2, "epochs": None, "warmup_steps": 0, "precision": "fp32"},
+        "objective": {"queue_size": 8},
+        "watch": {"tensorboard": False},
+        "device": "cpu",
+    }
+
+
+def tiny_bootstrap() -> dict:
+    """The settings of `blipfast capfilt bootstrap` at that size; every text is kept."""
+    capfilt = {"threshold": 0.0, "max_length": 10, "precision": "fp32", "device": "cpu"}
+    roles = {name: tiny_settings() for name in ("captioner", "filter", "shared")}
+    return {**roles, "pretrain": tiny_settings("blip_tiny"), "capfilt": capfilt}
+
+
 def captions(count: int, each: int = 1) -> list[Record]:
     return [
         record(n, [(f"a dog {n} on street {i}", "human") for i in range(each)])
