@@ -1,7 +1,8 @@
 """One pre-training step, forward and backward: the packed pass against the 2022 formulation.
 
-ViT-B/16 and BERT-base, random weights, batch 8, 224 px, queue 57,600, captions of natural length.
-Dropout is off, so that both give the same losses, which is asserted before anything is timed.
+ViT-B/16 and BERT-base, random weights, batch 8, 224 px, queue 57,600, captions of natural length,
+dropout 0.1 in the text transformer as in the recipe. Without dropout both give the same losses,
+which is asserted before anything is timed.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from blipfast.tasks.pretrain import BlipForPretraining
 BATCH, ALPHA = 8, 0.4
 
 
-def new_model() -> BlipForPretraining:
+def new_model(dropout: float = 0.1) -> BlipForPretraining:
     torch.manual_seed(0)
     config = blip_config("blip_base")
-    text = dataclasses.replace(config.text, dropout=0.0, attention_dropout=0.0)
+    text = dataclasses.replace(config.text, dropout=dropout, attention_dropout=dropout)
     return BlipForPretraining(dataclasses.replace(config, text=text)).train()
 
 
@@ -37,9 +38,8 @@ def new_batch() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def model() -> BlipForPretraining:
-    fresh = new_model()
-    assert_parity(fresh, new_batch())
-    return fresh
+    assert_parity(new_model(dropout=0.0), new_batch())
+    return new_model()
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,8 @@ def test_pretrain_step(
         tokens_per_caption=float(batch[2].sum() / BATCH),
         peak_mib=peak_memory(f"{__name__}:peak_of", code, dtype),
     )
-    benchmark.pedantic(run, rounds=3, warmup_rounds=1)
+    # After a few steps the heap has all the pages it needs.
+    benchmark.pedantic(run, rounds=5, warmup_rounds=3)
 
 
 def peak_of(code: str, dtype: str) -> Callable[[], None]:

@@ -1,10 +1,10 @@
 """The 2022 formulation of a pre-training step, in plain PyTorch: the baseline to beat.
 
-It runs on the very modules of a `BlipForPretraining` as the original code computes: eager
-attention, captions padded to 30, the image's K/V projected again in each of the four passes, a copy
-of an image's tokens for each negative, both queues copied, logits over the whole vocabulary for
-padding too, a loop over all parameters for the momentum update and one synchronising draw per
-negative.
+It runs on the very modules of a `BlipForPretraining` as the original code computes: PyTorch's own
+linear layers, GELU and dropout, eager attention, captions padded to 30, the image's K/V projected
+again in each of the four passes, a copy of an image's tokens for each negative, both queues copied,
+logits over the whole vocabulary for padding too, a loop over all parameters for the momentum update
+and one synchronising draw per negative.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from blipfast.models.blip import Blip
 from blipfast.models.reference import encode_padded
 from blipfast.models.vit import Block, VisionTransformer
 from blipfast.objectives.itm import Negatives
+from blipfast.ops import use_backend
 from blipfast.tasks.pretrain import BlipForPretraining
 
 MAX_LENGTH = 30
@@ -70,6 +71,7 @@ def draw_negatives(sim_i2t: Tensor, sim_t2i: Tensor) -> Negatives:
     return Negatives(torch.tensor(images), torch.tensor(texts))
 
 
+@use_backend(linear="torch", feed_forward="torch", dropout="torch")
 def pretrain_losses(
     model: BlipForPretraining,
     pixel_values: Tensor,

@@ -25,7 +25,7 @@ from blipfast.generation.image_attention import (
 )
 from blipfast.models.streams import CrossStates
 from blipfast.models.text import CrossAttention, TextLayer, TextTransformer
-from blipfast.ops.linear_layers import few_rows_linear
+from blipfast.ops.few_rows import few_rows_linear
 
 Cross = Literal["auto", "absorbed", "projected"]
 _Write = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blipfast.ops.linear_layers import few_rows_linears
+from blipfast.ops.few_rows import few_rows_linears
 
 Pair = tuple[Tensor, Tensor]  # weight and bias
 _TILE = 32  # states, so that they fill whole tiles on either side of a product

@@ -20,15 +20,9 @@ from blipfast.errors import ShapeError
 from blipfast.models.config import Sharing, TextConfig
 from blipfast.models.streams import CrossStates, KeyValue, TextStream, cross_module
 from blipfast.ops.attention import CrossPlan, cross_attention, varlen_attention
-from blipfast.ops.linear_layers import linear
+from blipfast.ops.dropout import dropout
+from blipfast.ops.linear_layers import Linear, feed_forward
 from blipfast.ops.packing import Packing, SharedPrefixes
-
-
-class Linear(nn.Linear):
-    """For weights that several passes of a step use, see `ops.linear_layers`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 class Embeddings(nn.Module):
@@ -42,7 +36,7 @@ class Embeddings(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, words: Tensor | None = None) -> Tensor:
         word = self.word(input_ids) if words is None else F.embedding(input_ids, words)
         x = self.norm(word + self.position(positions))
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)
 
 
 class _Residual(nn.Module):
@@ -55,7 +49,10 @@ class _Residual(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.norm(F.dropout(self.dense(x), self.dropout, self.training) + residual)
+        return self.close(self.dense(x), residual)
+
+    def close(self, projected: Tensor, residual: Tensor) -> Tensor:
+        return self.norm(dropout(projected, self.dropout, self.training) + residual)
 
 
 class SelfAttention(nn.Module):
@@ -148,7 +145,7 @@ class PairedCrossAttention(nn.Module):
             merged = (first + second) / 2
         else:
             merged = self.merge(torch.cat([first, second], dim=-1))
-        return self.norm(F.dropout(merged, self.dropout, self.training) + hidden)
+        return self.norm(dropout(merged, self.dropout, self.training) + hidden)
 
 
 class FeedForward(nn.Module):
@@ -158,12 +155,7 @@ class FeedForward(nn.Module):
         self.out = _Residual(config, config.intermediate_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.out(_gelu(self.intermediate(hidden)), hidden)
-
-
-def _gelu(x: Tensor) -> Tensor:
-    """In place where nothing is kept: fresh memory for the widest activation costs page faults."""
-    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+        return self.out.close(feed_forward(hidden, self.intermediate, self.out.dense), hidden)
 
 
 class TextLayer(nn.Module):

@@ -15,15 +15,15 @@ from torch.utils.checkpoint import checkpoint
 from blipfast.errors import ShapeError
 from blipfast.models.config import VisionConfig
 from blipfast.ops.dense import dense_attention
-from blipfast.ops.linear_layers import linear_gelu
+from blipfast.ops.linear_layers import Linear, feed_forward
 
 
 class Attention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, S, D)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
@@ -44,11 +44,11 @@ class Mlp(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         hidden = int(config.hidden_size * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.hidden_size, hidden)
-        self.fc2 = nn.Linear(hidden, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, hidden)
+        self.fc2 = Linear(hidden, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
+        return feed_forward(x, self.fc1, self.fc2)
 
 
 class Block(nn.Module):

@@ -24,7 +24,15 @@ from blipfast.errors import BackendError
 
 ENV_VAR = "BLIPFAST_BACKEND"
 # The modules that register backends when they are imported.
-_OPERATORS = ("attention", "contrastive", "hard_negatives", "linear_ce", "momentum_update")
+_OPERATORS = (
+    "attention",
+    "contrastive",
+    "dropout",
+    "hard_negatives",
+    "linear_ce",
+    "linear_layers",
+    "momentum_update",
+)
 _overrides: ContextVar[dict[str, str] | None] = ContextVar("blipfast_backends", default=None)
 _tables: dict[str, Backends] = {}
 

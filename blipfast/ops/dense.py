@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blipfast.ops import _native
+from blipfast.ops.dropout import dropout
+
 
 def dense_attention(
     q: Tensor,
@@ -31,7 +34,11 @@ def dense_attention(
     """
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     low = q.dtype in (torch.bfloat16, torch.float16)
-    if q.device.type != "cpu" or not low or not wants_grad or torch.compiler.is_compiling():
+    on_cpu = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and wants_grad and dropout_p > 0.0 and _native.why_not(q) is None:
+        with torch.autocast("cpu", enabled=False):
+            return _from_formula(q, k, v, attn_mask, dropout_p, is_causal)
+    if not on_cpu or not low or not wants_grad:
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal)
     with torch.autocast("cpu", enabled=False):
         if q.dtype == torch.bfloat16 and _has_amx():
@@ -54,7 +61,7 @@ def _from_formula(
     probs = scores.softmax(-1)
     if mask is not None and not is_causal:
         probs = probs.masked_fill(~mask, 0.0)
-    return F.dropout(probs, dropout_p) @ v
+    return dropout(probs, dropout_p) @ v
 
 
 @functools.cache

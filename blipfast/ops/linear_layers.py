@@ -1,11 +1,11 @@
-"""Linear layers and word tables, where PyTorch's leave much of a CPU unused.
+"""Linear layers and the feed-forward network, where PyTorch's leave much of a CPU unused.
 
-In training, autograd sums the gradients of all uses of a weight. It does so in place only when a
-gradient is no view, and that of `F.linear` is one; and an embedding's gradient is as large as its
-table, whatever was looked up. Of BERT's weights that is some 900 MB more to write in each step of
-pre-training: `linear` and `TiedTable` save them.
+In training:
 
-In generation, a step has few rows and is bound by reading the weights: `few_rows_linear`.
+- Autograd sums the gradients of all uses of a weight, in place only when a gradient is no view, and
+  that of `F.linear` is one: some 900 MB more to write in each step of pre-training.
+- oneDNN multiplies by a transposed bf16 matrix at half its speed: it is transposed before.
+- GELU's output is computed again in the backward, beside its gradient, which takes no new memory.
 """
 
 from __future__ import annotations
@@ -14,49 +14,109 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from blipfast.ops import _native
+from blipfast.ops._dispatch import Backends
+from blipfast.ops.autocast_copies import autocast_copy
+
+linear_backends = Backends("linear")
+feed_forward_backends = Backends("feed_forward")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+class Linear(nn.Linear):
+    """`nn.Linear` by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
     """`F.linear`, to be differentiated once: `x (..., in)`, `weight (out, in)` to `(..., out)`.
 
-    Under autocast it is `F.linear`, which casts a weight once for all uses.
+    Under autocast it computes in autocast's dtype, casting a weight once for all uses of a step.
     """
-    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
+    return linear_backends(x, impl)(x, weight, bias)
+
+
+def feed_forward(x: Tensor, first: nn.Linear, second: nn.Linear, *, impl: str = "auto") -> Tensor:
+    """`second(gelu(first(x)))`, to be differentiated once: `x (..., in)` to `(..., out)`.
+
+    Layers that are more than their weights (adapters, hooks) are called as they are.
+    """
+    if torch.compiler.is_compiling() or not (_is_plain(first) and _is_plain(second)):
+        return second(F.gelu(first(x)))
+    run = feed_forward_backends(x, impl)
+    return run(x, first.weight, first.bias, second.weight, second.bias)
+
+
+def _why_not(x: Tensor) -> str | None:
+    if not x.is_cpu and _autocasts(x):
+        return f"on {x.device.type}, autocast's own linear layer casts a weight once"
+    return None
+
+
+@linear_backends.register("fused", _why_not)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and weight.requires_grad:
-        return _Linear.apply(x, weight, bias)
+        return _Linear.apply(*_cast(x, weight, bias))
     if _runs_on_one_thread(x, weight):
         pieces = -(-x.shape[0] // _GOOD_ROWS)
         return torch.cat([F.linear(part, weight, bias) for part in x.chunk(pieces)])
     return F.linear(x, weight, bias)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`F.gelu(F.linear(x, weight, bias))`: `x (..., in)` to `(..., out)`.
+linear_backends.register("torch")(F.linear)
 
-    Without gradients, in bf16 on a CPU, oneDNN applies GELU before it rounds and writes: a quarter
-    less time at ViT's sizes.
-    """
-    if _fuses_gelu(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
-    return F.gelu(F.linear(x, weight, bias))
+
+@feed_forward_backends.register("fused", _why_not)
+def _feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, b1, w2, b2)):
+        return _FeedForward.apply(*_cast(x, w1, b1, w2, b2))
+    # Fresh memory for the widest activation costs page faults.
+    fused = torch.ops.mkldnn._linear_pointwise if _fuses_gelu(x, w1) else None
+    if fused is not None:
+        hidden = fused(x, w1, b1, "gelu", [], "none")
+    else:
+        hidden = torch.ops.aten.gelu_(_linear(x, w1, b1))
+    return _linear(hidden, w2, b2)
+
+
+@feed_forward_backends.register("torch")
+def _feed_forward_torch(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    return type(layer) in (nn.Linear, Linear) and not hooks
+
+
+def _autocasts(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def _cast(x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
+    """All in the dtype that autocast asks for, if it is on."""
+    if not _autocasts(x):
+        return x, *weights
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), *(w if w is None else autocast_copy(w, dtype) for w in weights)
 
 
 _MANY_ROWS = 2048  # below it the fused product gains nothing
 
 
 def _fuses_gelu(x: Tensor, weight: Tensor) -> bool:
+    """In bf16 on a CPU, oneDNN can apply GELU before it rounds and writes."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.bfloat16
         and x.numel() >= _MANY_ROWS * x.shape[-1]
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and not _autocasts(x)
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
@@ -88,129 +148,60 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        need_x, _, need_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
+        need_x, need_weight, need_bias = ctx.needs_input_grad
         return (
             grad @ weight if need_x else None,
-            rows.t() @ x.flatten(0, -2),
-            rows.sum(0) if need_bias else None,
+            *_parameter_gradients(grad.flatten(0, -2), x.flatten(0, -2), need_weight, need_bias),
         )
 
 
-_FEW_ROWS, _BLOCK = 64, 64  # measured on two cores with AMX
-
-
-def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> Tensor:
-    """`F.linear`, and GELU over it, without gradients: `x (..., in)` to `(..., out)`.
-
-    On a CPU up to 64 rows go where the weight is read as it lies; `F.linear` repacks it at each
-    call. In bf16 that is the C++ operator, or oneDNN with the weight as left operand; in float32
-    MKL with a batch of small products.
-    """
-    if not _few_rows(x) or not weight.is_contiguous():
-        out = F.linear(x, weight, bias)
-        return F.gelu(out) if gelu else out
-    rows = x.flatten(0, -2)
-    if _amx_takes(rows):
-        run = torch.ops.blipfast_native.few_rows_linear
-        return run(rows.contiguous(), weight, bias, gelu).view(*x.shape[:-1], -1)
-    if weight.element_size() >= 4:
-        out = _by_blocks(rows, weight, bias)
-    else:
-        out = rows.new_empty(rows.shape[0], weight.shape[0])
-        torch.add(torch.mm(weight, rows.t()).t(), bias, out=out)
-    return (F.gelu(out) if gelu else out).view(*x.shape[:-1], -1)
-
-
-def few_rows_linears(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Several linear layers side by side, as of attention heads, without gradients.
-
-    x: `(H, R, in)`, weight: `(H, out, in)`, bias: `(H, out)`. Returns `(H, R, out)`.
-    """
-    if x.is_cpu and x.shape[1] <= _FEW_ROWS and weight.is_contiguous() and _amx_takes(x):
-        bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
-        return torch.ops.blipfast_native.few_rows_linear(x.contiguous(), weight, bias, False)
-    if bias is None:
-        return torch.bmm(x, weight.transpose(1, 2))
-    return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
-
-
-def _by_blocks(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    size, width = weight.shape
-    whole = size - size % _BLOCK
-    out = rows.new_empty(rows.shape[0], size)
-    if whole:
-        blocks = weight[:whole].view(-1, _BLOCK, width).transpose(1, 2)
-        batch = rows.expand(blocks.shape[0], -1, -1)
-        part = torch.baddbmm(bias[:whole].view(-1, 1, _BLOCK), batch, blocks)
-        out[:, :whole].view(-1, blocks.shape[0], _BLOCK).copy_(part.transpose(0, 1))
-    if whole < size:
-        out[:, whole:] = F.linear(rows, weight[whole:], bias[whole:])
-    return out
-
-
-def _few_rows(x: Tensor) -> bool:
-    return x.is_cpu and x.shape[-1] < x.numel() <= _FEW_ROWS * x.shape[-1]
-
-
-def _amx_takes(rows: Tensor) -> bool:
-    return rows.dtype == torch.bfloat16 and rows.shape[-1] % 32 == 0 and _native.amx()
-
-
-class TiedTable:
-    """A word table `(V, D)` for all uses of a step: rows are looked up, and it weighs the output.
-
-    weight: the table as the output layer should use it. Its gradient is formed once, dense: that of
-    the output layer, to which the looked-up rows' is added in place.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        self._rows: list[tuple[Tensor, Tensor]] = []
-        self._plain = weight.device.type != "cpu" or torch.compiler.is_compiling()
-        self.weight: Tensor = weight if self._plain else _Table.apply(weight, self._rows)
-
-    def look_up(self, input_ids: Tensor) -> Tensor:
-        """`F.embedding`: `(...)` int64 to `(..., D)`."""
-        if self._plain:  # on a GPU its backward sorts, so that sums are repeatable
-            return F.embedding(input_ids, self.weight)
-        return _LookUp.apply(self.weight, input_ids, self._rows)
-
-
-class _LookUp(torch.autograd.Function):
+class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: Tensor, input_ids: Tensor, rows: list[Any]) -> Tensor:
-        ctx.save_for_backward(input_ids)
-        ctx.rows = rows
-        return F.embedding(input_ids, table)
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        pre = F.linear(x, w1, b1)
+        ctx.save_for_backward(x, pre, w1, w2)
+        return F.linear(F.gelu(pre), w2, b2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
-        (input_ids,) = ctx.saved_tensors
-        ctx.rows.append((input_ids, grad))  # autograd runs the table's node after all its users
-        return None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, pre, w1, w2 = ctx.saved_tensors
+        need_x, *need = ctx.needs_input_grad
+        rows, pre = grad.flatten(0, -2), pre.flatten(0, -2)
+        grad_pre = rows @ w2
+        hidden = _gelu_backward_(grad_pre, pre)
+        second = _parameter_gradients(rows, hidden, *need[2:])
+        del hidden
+        return (
+            (grad_pre @ w1).view_as(x) if need_x else None,
+            *_parameter_gradients(grad_pre, x.flatten(0, -2), *need[:2]),
+            *second,
+        )
 
 
-class _Table(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, rows: list[Any]) -> Tensor:
-        ctx.rows, ctx.like = rows, weight.detach()
-        ctx.set_materialize_grads(False)
-        return weight.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor, None]:
-        if grad is None:
-            grad = torch.zeros_like(ctx.like)
-        elif _graph_is_kept():
-            grad = grad.clone()  # a node may hand out the same tensor in the next backward
-        while ctx.rows:
-            input_ids, rows = ctx.rows.pop()
-            grad.index_add_(0, input_ids.flatten(), rows.flatten(0, -2).to(grad.dtype))
-        return grad, None
+def _gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
+    """Returns `gelu(x)`; `grad`, that of it, becomes x's in place."""
+    if _native.why_not(grad) is None:
+        return torch.ops.blipfast_native.gelu_backward_(grad, x)
+    grad.copy_(torch.ops.aten.gelu_backward(grad, x))
+    return F.gelu(x)
 
 
-def _graph_is_kept() -> bool:
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return ask is None or bool(ask())
+_SMALL_WEIGHT = 768 * 768  # up to it, transposing first gains nothing
+
+
+def _parameter_gradients(
+    grad: Tensor, x: Tensor, need_weight: bool, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of the weight and the bias, from `grad (R, out)` and `x (R, in)`."""
+    transposes = (
+        need_weight
+        and grad.dtype == torch.bfloat16
+        and grad.is_cpu
+        and grad.shape[1] * x.shape[1] > _SMALL_WEIGHT
+        and _native.amx()
+    )
+    if transposes:
+        transposed, sums = torch.ops.blipfast_native.transpose_and_sum(grad.contiguous())
+        return transposed @ x, sums if need_bias else None
+    return grad.t() @ x if need_weight else None, grad.sum(0) if need_bias else None

@@ -29,4 +29,10 @@ BLIPFAST_INLINE uint16_t float_to_bf16(float x) {
   return static_cast<uint16_t>(x != x ? 0x7fc0u : bits);
 }
 
+// An element of either dtype as fp32, and back.
+BLIPFAST_INLINE float load(const float* from) { return *from; }
+BLIPFAST_INLINE float load(const uint16_t* from) { return bf16_to_float(*from); }
+BLIPFAST_INLINE void store(float value, float* to) { *to = value; }
+BLIPFAST_INLINE void store(float value, uint16_t* to) { *to = float_to_bf16(value); }
+
 }  // namespace blipfast

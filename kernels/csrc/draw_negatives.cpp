@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "philox.h"
 #include "vec_exp.h"
 
 namespace blipfast {
@@ -19,7 +20,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kGroups = 16, kBlock = 4 * kGroups;  // counters at a time, and their numbers
+constexpr int64_t kGroups = kPhiloxLanes, kBlock = 4 * kGroups;  // counters at a time, and their numbers
 
 struct Draw {
   const int64_t* query_ids;  // or null
@@ -38,21 +39,7 @@ BLIPFAST_INLINE void uniforms(const Draw& draw, uint32_t row, uint32_t group, fl
     c[2][i] = draw.step;
     c[3][i] = draw.stream;
   }
-  uint32_t k0 = draw.seed[0], k1 = draw.seed[1];
-  for (int round = 0; round < 10; ++round) {
-#pragma omp simd
-    for (int64_t i = 0; i < kGroups; ++i) {
-      const uint64_t first = static_cast<uint64_t>(c[0][i]) * 0xD2511F53u;
-      const uint64_t second = static_cast<uint64_t>(c[2][i]) * 0xCD9E8D57u;
-      const uint32_t c1 = c[1][i], c3 = c[3][i];
-      c[0][i] = static_cast<uint32_t>(second >> 32) ^ c1 ^ k0;
-      c[1][i] = static_cast<uint32_t>(second);
-      c[2][i] = static_cast<uint32_t>(first >> 32) ^ c3 ^ k1;
-      c[3][i] = static_cast<uint32_t>(first);
-    }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
+  philox(c, draw.seed[0], draw.seed[1]);
   for (int64_t i = 0; i < kGroups; ++i) {
     for (int64_t w = 0; w < 4; ++w) {
       u[4 * i + w] = (static_cast<float>(c[w][i] >> 9) + 0.5f) * 1.1920928955078125e-7f;

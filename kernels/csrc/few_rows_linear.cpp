@@ -10,8 +10,8 @@
 
 #include "amx.h"
 #include "bf16.h"
+#include "gelu.h"
 #include "isa.h"
-#include "vec_exp.h"
 
 namespace blipfast {
 
@@ -63,19 +63,6 @@ void check(const Tensor& rows, const Tensor& weight, const Tensor& bias) {
 
 #if BLIPFAST_CLONES
 
-// Abramowitz and Stegun 7.1.26, off by 1.5e-7 at the most: less than fp32 sums of bf16 are.
-BLIPFAST_INLINE float gelu(float x) {
-  const float z = x * 0.70710678118654752f, a = z < 0.0f ? -z : z;
-  const float t = 1.0f / (1.0f + 0.3275911f * a);
-  float p = 1.061405429f;
-  p = p * t - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
-  const float tail = p * t * exp_nonpositive(-a * a);  // 1 - erf(a)
-  return 0.5f * x * (z < 0.0f ? tail : 2.0f - tail);
-}
-
 // Sums (16 outputs x 16 rows) of a tile become outputs [first, first + count) of a group's rows.
 BLIPFAST_AMX void finish(const float* sums, const Layer& layer, int64_t group, int64_t first,
                          int64_t count) {
@@ -93,7 +80,7 @@ BLIPFAST_AMX void finish(const float* sums, const Layer& layer, int64_t group, i
     for (int64_t j = 0; j < kTile; ++j) values[j] += bias[j];
     if (layer.gelu) {
 #pragma omp simd
-      for (int64_t j = 0; j < kTile; ++j) values[j] = gelu(values[j]);
+      for (int64_t j = 0; j < kTile; ++j) values[j] = gelu(values[j]).value;
     }
 #pragma omp simd
     for (int64_t j = 0; j < kTile; ++j) results[j] = float_to_bf16(values[j]);

@@ -9,6 +9,7 @@
 #include "few_rows_linear.h"
 #include "isa.h"
 #include "softmax_mean.h"
+#include "training.h"
 #include "varlen_attention.h"
 
 namespace {
@@ -34,6 +35,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(blipfast_native, m) {
       " int seed, int step, int stream, int first_row, int first_column, int num) -> Tensor");
   m.def("few_rows_linear(Tensor rows, Tensor weight, Tensor bias, bool gelu) -> Tensor");
   m.def("varlen_attention(Tensor qkv, Tensor cu_seqlens, bool causal) -> Tensor");
+  m.def("gelu_backward_(Tensor(a!) grad, Tensor x) -> Tensor");
+  m.def("dropout(Tensor x, float p, int seed) -> Tensor");
+  m.def("transpose_and_sum(Tensor x) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(blipfast_native, CompositeExplicitAutograd, m) {
@@ -46,4 +50,7 @@ STABLE_TORCH_LIBRARY_IMPL(blipfast_native, CPU, m) {
   m.impl("draw_negatives", TORCH_BOX(&blipfast::draw_negatives));
   m.impl("few_rows_linear", TORCH_BOX(&blipfast::few_rows_linear));
   m.impl("varlen_attention", TORCH_BOX(&blipfast::varlen_attention));
+  m.impl("gelu_backward_", TORCH_BOX(&blipfast::gelu_backward_));
+  m.impl("dropout", TORCH_BOX(&blipfast::dropout));
+  m.impl("transpose_and_sum", TORCH_BOX(&blipfast::transpose_and_sum));
 }

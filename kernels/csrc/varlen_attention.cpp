@@ -52,11 +52,6 @@ struct Scratch {
   std::vector<float> q, k, v, scores, out;
 };
 
-BLIPFAST_INLINE float load(const float* from) { return *from; }
-BLIPFAST_INLINE float load(const uint16_t* from) { return bf16_to_float(*from); }
-BLIPFAST_INLINE void store(float value, float* to) { *to = value; }
-BLIPFAST_INLINE void store(float value, uint16_t* to) { *to = float_to_bf16(value); }
-
 // q scaled, keys transposed so that they fill vectors, v as it is; all fp32.
 template <typename T>
 BLIPFAST_INLINE void unpack(const Head& head, Scratch& s) {

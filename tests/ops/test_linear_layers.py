@@ -7,16 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from blipfast.ops import _native
-from blipfast.ops.linear_layers import (
-    TiedTable,
-    few_rows_linear,
-    few_rows_linears,
-    linear,
-    linear_gelu,
-)
+from blipfast.ops.autocast_copies import autocast_copy
+from blipfast.ops.few_rows import few_rows_linear, few_rows_linears
+from blipfast.ops.linear_layers import Linear, feed_forward, linear
+from blipfast.ops.tied_table import TiedTable
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
@@ -140,19 +137,101 @@ def test_tied_table_compiled_has_all_gradients() -> None:
     torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-12)
 
 
+def _layers(dtype: torch.dtype, width: int = 96, hidden: int = 160) -> tuple[nn.Linear, nn.Linear]:
+    torch.manual_seed(0)
+    return Linear(width, hidden, dtype=dtype), nn.Linear(hidden, width, dtype=dtype)
+
+
 @pytest.mark.parametrize("rows", [1, 2047, 4000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_linear_gelu(rows: int, dtype: torch.dtype) -> None:
-    x, weight, bias = torch.randn(rows, 96), torch.randn(160, 96) / 10, torch.randn(160)
-    exact = F.gelu(F.linear(*(t.to(dtype).double() for t in (x, weight, bias))))
-    x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
-    plain = F.gelu(F.linear(x, weight, bias))
+def test_feed_forward(rows: int, dtype: torch.dtype) -> None:
+    """Output and every gradient are as near to float64's as plain PyTorch's in the same dtype."""
+    first, second = _layers(dtype)
+    x = torch.randn(1, rows, 96).to(dtype)
+    weights = [*first.parameters(), *second.parameters()]
+    grad = torch.randn(1, rows, 96).to(dtype)
+
+    def plain(x: Tensor, *w: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, *w[:2])), *w[2:])
+
+    def run(f: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
+        out = f(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+    wide = [t.detach().double().requires_grad_() for t in (x, *weights)]
+    exact = run(plain, *wide)
+    x.requires_grad_()
+    ours = run(lambda x, *_: feed_forward(x, first, second), x, *weights)
+    theirs = run(plain, x, *weights)
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        errors = [(t.double() - c).abs().max().item() for t in (a, b)]
+        assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps * c.abs().max()
     with torch.no_grad():
-        found = linear_gelu(x.view(1, rows, 96), weight, bias)
-    assert found.shape == (1, rows, 160)
-    ours, theirs = ((t.double() - exact).abs().max() for t in (found[0], plain))
-    assert ours <= 2 * theirs + torch.finfo(dtype).eps
-    weight.requires_grad_()
-    linear_gelu(x, weight, bias).sum().backward()
-    expected = torch.autograd.grad(F.gelu(F.linear(x, weight, bias)).sum(), weight)[0]
-    torch.testing.assert_close(weight.grad, expected)
+        torch.testing.assert_close(feed_forward(x, first, second), ours[0], atol=0.02, rtol=0.02)
+
+
+def test_feed_forward_calls_layers_that_are_more_than_weights() -> None:
+    first, second = _layers(torch.float32)
+    seen: list[int] = []
+    first.register_forward_hook(lambda *_: seen.append(1))
+    feed_forward(torch.randn(3, 96), first, second)
+    assert seen == [1]
+
+
+def test_frozen_layers_get_no_gradients() -> None:
+    first, second = _layers(torch.float32)
+    first.requires_grad_(False)
+    x = torch.randn(3, 96, requires_grad=True)
+    feed_forward(x, first, second).sum().backward()
+    assert first.weight.grad is None
+    assert second.weight.grad is not None
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("rows", [64, 411])
+def test_wide_bf16_weights_have_the_gradients_of_torch(rows: int) -> None:
+    """Wide enough for the transposed product, with rows and columns that fill no block."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(rows, 777), torch.randn(810, 777) / 30, torch.randn(810)
+    grad = torch.randn(rows, 810).bfloat16()
+    leaves = [t.bfloat16().requires_grad_() for t in (x, weight, bias)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    exact = torch.autograd.grad(F.linear(*wide), wide, grad.double())
+    ours = torch.autograd.grad(linear(*leaves), leaves, grad)
+    theirs = torch.autograd.grad(F.linear(*leaves), leaves, grad)
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        errors = [(t.double() - c).abs().max().item() for t in (a, b)]
+        assert errors[0] <= 2 * errors[1] + 0.004 * c.abs().max()
+
+
+def test_autocast_casts_a_weight_once_and_again_when_it_has_changed() -> None:
+    weight = nn.Parameter(torch.randn(4, 6))
+    copy = autocast_copy(weight, torch.bfloat16)
+    assert autocast_copy(weight, torch.bfloat16) is copy
+    assert autocast_copy(weight, torch.float16) is not copy
+    copy = autocast_copy(weight, torch.bfloat16)
+    with torch.no_grad():
+        weight.add_(1)
+    changed = autocast_copy(weight, torch.bfloat16)
+    torch.testing.assert_close(changed, weight.bfloat16(), rtol=0, atol=0)
+    del copy, changed
+    (autocast_copy(weight, torch.bfloat16) * 2).sum().backward()
+    torch.testing.assert_close(weight.grad, torch.full((4, 6), 2.0))
+
+
+def test_autocast_sums_the_gradients_of_all_uses() -> None:
+    torch.manual_seed(0)
+    first, second = _layers(torch.float32)
+    x = torch.randn(5, 96)
+
+    def gradients(impl: str) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = feed_forward(x, first, second, impl=impl)
+            y = linear(feed_forward(y, first, second, impl=impl), first.weight, impl=impl)
+            loss = y.float().square().mean()
+        weights = [*first.parameters(), *second.parameters()]
+        return list(torch.autograd.grad(loss, weights))
+
+    for ours, theirs in zip(gradients("fused"), gradients("torch"), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, atol=0.03 * theirs.abs().max().item(), rtol=0.05)

@@ -1,0 +1,224 @@
+#include "training.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+
+#include "amx.h"
+#include "bf16.h"
+#include "gelu.h"
+#include "isa.h"
+#include "philox.h"
+
+namespace blipfast {
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
+
+template <class T>
+BLIPFAST_INLINE void gelu_backward_loop(T* grad, const T* x, T* value, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const Gelu at = gelu(load(x + i));
+    store(load(grad + i) * at.slope, grad + i);
+    store(at.value, value + i);
+  }
+}
+
+BLIPFAST_MULTI_ISA
+void gelu_backward_fp32(float* grad, const float* x, float* value, int64_t count) {
+  gelu_backward_loop(grad, x, value, count);
+}
+
+BLIPFAST_MULTI_ISA
+void gelu_backward_bf16(uint16_t* grad, const uint16_t* x, uint16_t* value, int64_t count) {
+  gelu_backward_loop(grad, x, value, count);
+}
+
+// A call of Philox decides for 16 bits each: 8 of a counter's words' halves, 16 counters, 128 elements.
+constexpr int64_t kHalves = 8, kElements = kHalves * kPhiloxLanes;
+
+template <class T>
+BLIPFAST_INLINE void dropout_loop(const T* x, T* out, int64_t begin, int64_t end, uint32_t dropped,
+                                  uint64_t seed) {
+  const float scale = 65536.0f / (65536.0f - static_cast<float>(dropped));
+  for (int64_t start = begin; start < end; start += kElements) {
+    uint32_t c[4][kPhiloxLanes];
+    const uint64_t first = static_cast<uint64_t>(start) / kHalves;
+    for (uint64_t i = 0; i < kPhiloxLanes; ++i) {
+      c[0][i] = static_cast<uint32_t>(first + i);
+      c[1][i] = static_cast<uint32_t>((first + i) >> 32);
+      c[2][i] = 0;
+      c[3][i] = 0;
+    }
+    philox(c, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+    float factor[kElements];
+    for (int64_t word = 0; word < 4; ++word) {
+#pragma omp simd
+      for (int64_t i = 0; i < kPhiloxLanes; ++i) {
+        const uint32_t bits = c[word][i];
+        factor[2 * word * kPhiloxLanes + i] = (bits & 0xffffu) < dropped ? 0.0f : scale;
+        factor[(2 * word + 1) * kPhiloxLanes + i] = (bits >> 16) < dropped ? 0.0f : scale;
+      }
+    }
+    const int64_t count = std::min(kElements, end - start);
+    // A dropped infinity or NaN gives zero too.
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      const float kept = load(x + start + i) * scale;
+      store(factor[i] == 0.0f ? 0.0f : kept, out + start + i);
+    }
+  }
+}
+
+BLIPFAST_MULTI_ISA
+void dropout_fp32(const float* x, float* out, int64_t begin, int64_t end, uint32_t dropped,
+                  uint64_t seed) {
+  dropout_loop(x, out, begin, end, dropped, seed);
+}
+
+BLIPFAST_MULTI_ISA
+void dropout_bf16(const uint16_t* x, uint16_t* out, int64_t begin, int64_t end, uint32_t dropped,
+                  uint64_t seed) {
+  dropout_loop(x, out, begin, end, dropped, seed);
+}
+
+#if BLIPFAST_CLONES
+
+constexpr int64_t kRows = 32, kColumns = 16;  // of a block: a line of the transpose, a vector of fp32
+constexpr int64_t kStrip = 2 * kColumns;      // a line of x
+
+// Rows [row, row + kRows) of kColumns columns of x, from `first`, into lines of out; adds to total.
+BLIPFAST_AMX inline void transpose_block(const uint16_t* x, int64_t rows, int64_t columns,
+                                         int64_t row, int64_t first, uint16_t* out,
+                                         __m512& total) {
+  const int64_t width = std::min(kColumns, columns - first);
+  const auto valid = static_cast<__mmask16>((1u << width) - 1);
+  __m512i v[16];
+  for (int64_t pair = 0; pair < 16; ++pair) {
+    const int64_t r = row + 2 * pair;
+    const uint16_t* at = x + r * columns + first;
+    __m256i even = _mm256_setzero_si256(), odd = even;
+    if (r < rows) even = _mm256_maskz_loadu_epi16(valid, at);
+    if (r + 1 < rows) odd = _mm256_maskz_loadu_epi16(valid, at + columns);
+    const __m512i low = _mm512_cvtepu16_epi32(even);
+    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
+    total = _mm512_add_ps(total, _mm512_castsi512_ps(_mm512_slli_epi32(low, 16)));
+    total = _mm512_add_ps(total, _mm512_castsi512_ps(high));
+    v[pair] = _mm512_or_si512(low, high);
+  }
+  transpose_16x16(v);
+  const int64_t length = std::min(kRows, rows - row);
+  const auto filled = static_cast<__mmask32>((uint64_t{1} << length) - 1);
+  for (int64_t c = 0; c < width; ++c) {
+    _mm512_mask_storeu_epi16(out + (first + c) * rows + row, filled, v[c]);
+  }
+}
+
+// Columns [first, first + kStrip) of x (rows, columns) into as many lines of out, and their sums.
+BLIPFAST_AMX void transpose_strip(const uint16_t* x, int64_t rows, int64_t columns, int64_t first,
+                                  uint16_t* out, uint16_t* sums) {
+  __m512 totals[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  const bool both = first + kColumns < columns;
+  for (int64_t row = 0; row < rows; row += kRows) {
+    transpose_block(x, rows, columns, row, first, out, totals[0]);
+    if (both) transpose_block(x, rows, columns, row, first + kColumns, out, totals[1]);
+  }
+  alignas(64) float sum[kStrip];
+  _mm512_store_ps(sum, totals[0]);
+  _mm512_store_ps(sum + kColumns, totals[1]);
+  const int64_t count = std::min(kStrip, columns - first);
+  for (int64_t c = 0; c < count; ++c) sums[first + c] = float_to_bf16(sum[c]);
+}
+
+#endif
+
+bool same_kind(const Tensor& a, const Tensor& b) {
+  if (a.scalar_type() != b.scalar_type() || a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i) {
+    if (a.size(i) != b.size(i)) return false;
+  }
+  return true;
+}
+
+bool float_and_contiguous(const Tensor& x) {
+  const auto type = x.scalar_type();
+  return x.is_contiguous() && (type == ScalarType::Float || type == ScalarType::BFloat16);
+}
+
+}  // namespace
+
+Tensor gelu_backward_(Tensor grad, Tensor x) {
+  STD_TORCH_CHECK(float_and_contiguous(grad) && x.is_contiguous() && same_kind(grad, x),
+                  "gelu_backward_: grad and x must be contiguous, float32 or bfloat16, and alike");
+  Tensor value = torch::stable::empty_like(x);
+  const bool bf16 = x.scalar_type() == ScalarType::BFloat16;
+  void* to = grad.mutable_data_ptr();
+  const void* from = x.const_data_ptr();
+  void* out = value.mutable_data_ptr();
+  torch::stable::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    if (bf16) {
+      gelu_backward_bf16(static_cast<uint16_t*>(to) + begin,
+                         static_cast<const uint16_t*>(from) + begin,
+                         static_cast<uint16_t*>(out) + begin, end - begin);
+    } else {
+      gelu_backward_fp32(static_cast<float*>(to) + begin, static_cast<const float*>(from) + begin,
+                         static_cast<float*>(out) + begin, end - begin);
+    }
+  });
+  return value;
+}
+
+Tensor dropout(Tensor x, double p, int64_t seed) {
+  STD_TORCH_CHECK(float_and_contiguous(x), "dropout: takes contiguous float32 or bfloat16");
+  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout: p is ", p, ", but must be from 0 to below 1");
+  const auto dropped = static_cast<uint32_t>(std::min(std::lround(p * 65536.0), 65535L));
+  Tensor out = torch::stable::empty_like(x);
+  const bool bf16 = x.scalar_type() == ScalarType::BFloat16;
+  const void* from = x.const_data_ptr();
+  void* to = out.mutable_data_ptr();
+  const int64_t count = x.numel(), pieces = (count + kElements - 1) / kElements;
+  const auto key = static_cast<uint64_t>(seed);
+  torch::stable::parallel_for(0, pieces, kGrain / kElements, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * kElements, end = std::min(last * kElements, count);
+    if (bf16) {
+      dropout_bf16(static_cast<const uint16_t*>(from), static_cast<uint16_t*>(to), begin, end,
+                   dropped, key);
+    } else {
+      dropout_fp32(static_cast<const float*>(from), static_cast<float*>(to), begin, end, dropped,
+                   key);
+    }
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> transpose_and_sum(Tensor x) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == ScalarType::BFloat16,
+                  "transpose_and_sum: takes a contiguous bfloat16 matrix");
+  STD_TORCH_CHECK(isa_level() == 4, "transpose_and_sum: needs AVX-512");
+  const int64_t rows = x.size(0), columns = x.size(1);
+  const std::array<int64_t, 2> shape{columns, rows};
+  Tensor out = torch::stable::new_empty(x, {shape.data(), 2});
+  Tensor sums = torch::stable::new_empty(x, {shape.data(), 1});
+#if BLIPFAST_CLONES
+  const auto* from = static_cast<const uint16_t*>(x.const_data_ptr());
+  auto* to = static_cast<uint16_t*>(out.mutable_data_ptr());
+  auto* sum = static_cast<uint16_t*>(sums.mutable_data_ptr());
+  const int64_t strips = (columns + kStrip - 1) / kStrip;
+  torch::stable::parallel_for(0, strips, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      transpose_strip(from, rows, columns, s * kStrip, to, sum);
+    }
+  });
+#endif
+  return {out, sums};
+}
+
+}  // namespace blipfast
