@@ -32,7 +32,7 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} does not load beside torch {torch.__version__}: {error}"
-    if not hasattr(torch.ops.blipfast_native, "transpose_and_sum"):
+    if not hasattr(torch.ops.blipfast_native, "bias_gelu_out"):
         return f"{LIBRARY.name} is of another version of blipfast; build it again (make native)"
     _register_fakes()
     return None

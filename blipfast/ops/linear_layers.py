@@ -76,12 +76,10 @@ linear_backends.register("torch")(F.linear)
 def _feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, b1, w2, b2)):
         return _FeedForward.apply(*_cast(x, w1, b1, w2, b2))
-    # Fresh memory for the widest activation costs page faults.
-    fused = torch.ops.mkldnn._linear_pointwise if _fuses_gelu(x, w1) else None
-    if fused is not None:
-        hidden = fused(x, w1, b1, "gelu", [], "none")
+    if _fuses_gelu(x, w1):
+        hidden = torch.ops.mkldnn._linear_pointwise(x, w1, b1, "gelu", [], "none")
     else:
-        hidden = torch.ops.aten.gelu_(_linear(x, w1, b1))
+        hidden = _bias_gelu(_linear(x, w1, None), b1, in_place=True)
     return _linear(hidden, w2, b2)
 
 
@@ -158,33 +156,43 @@ class _Linear(torch.autograd.Function):
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        pre = F.linear(x, w1, b1)
-        ctx.save_for_backward(x, pre, w1, w2)
-        return F.linear(F.gelu(pre), w2, b2)
+        projected = F.linear(x, w1)
+        ctx.save_for_backward(x, projected, w1, b1, w2)
+        return F.linear(_bias_gelu(projected, b1), w2, b2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, pre, w1, w2 = ctx.saved_tensors
-        need_x, *need = ctx.needs_input_grad
-        rows, pre = grad.flatten(0, -2), pre.flatten(0, -2)
-        grad_pre = rows @ w2
-        hidden = _gelu_backward_(grad_pre, pre)
-        second = _parameter_gradients(rows, hidden, *need[2:])
+        x, projected, w1, b1, w2 = ctx.saved_tensors
+        need_x, need_w1, _, need_w2, need_b2 = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        grad_projected = rows @ w2
+        hidden, grad_b1 = _gelu_backward_(grad_projected, projected.flatten(0, -2), b1)
+        grad_w2, grad_b2 = _parameter_gradients(rows, hidden, need_w2, need_b2)
         del hidden
-        return (
-            (grad_pre @ w1).view_as(x) if need_x else None,
-            *_parameter_gradients(grad_pre, x.flatten(0, -2), *need[:2]),
-            *second,
-        )
+        grad_x = (grad_projected @ w1).view_as(x) if need_x else None
+        grad_w1, _ = _parameter_gradients(grad_projected, x.flatten(0, -2), need_w1, False)
+        return grad_x, grad_w1, grad_b1, grad_w2, grad_b2
 
 
-def _gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
-    """Returns `gelu(x)`; `grad`, that of it, becomes x's in place."""
+def _bias_gelu(x: Tensor, bias: Tensor, *, in_place: bool = False) -> Tensor:
+    """`gelu(x + bias)`; in place where nothing else needs x: fresh memory for the widest activation
+    costs page faults."""
+    if _native.why_not(x) is None and x.dtype == bias.dtype and x.is_contiguous():
+        out = x if in_place else torch.empty_like(x)
+        rows = (t.view(-1, t.shape[-1]) for t in (x, out))
+        torch.ops.blipfast_native.bias_gelu_out(next(rows), bias, next(rows))
+        return out
+    return torch.ops.aten.gelu_(x.add_(bias) if in_place else x + bias)
+
+
+def _gelu_backward_(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns `gelu(x + bias)` and the bias's gradient; `grad (R, C)` becomes x's in place."""
     if _native.why_not(grad) is None:
-        return torch.ops.blipfast_native.gelu_backward_(grad, x)
-    grad.copy_(torch.ops.aten.gelu_backward(grad, x))
-    return F.gelu(x)
+        return torch.ops.blipfast_native.gelu_backward_(grad, x, bias)
+    biased = x + bias
+    grad.copy_(torch.ops.aten.gelu_backward(grad, biased))
+    return torch.ops.aten.gelu_(biased), grad.sum(0)
 
 
 _SMALL_WEIGHT = 768 * 768  # up to it, transposing first gains nothing

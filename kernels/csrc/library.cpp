@@ -35,7 +35,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(blipfast_native, m) {
       " int seed, int step, int stream, int first_row, int first_column, int num) -> Tensor");
   m.def("few_rows_linear(Tensor rows, Tensor weight, Tensor bias, bool gelu) -> Tensor");
   m.def("varlen_attention(Tensor qkv, Tensor cu_seqlens, bool causal) -> Tensor");
-  m.def("gelu_backward_(Tensor(a!) grad, Tensor x) -> Tensor");
+  m.def("bias_gelu_out(Tensor x, Tensor bias, Tensor(a!) out) -> ()");
+  m.def("gelu_backward_(Tensor(a!) grad, Tensor x, Tensor bias) -> (Tensor, Tensor)");
   m.def("dropout(Tensor x, float p, int seed) -> Tensor");
   m.def("transpose_and_sum(Tensor x) -> (Tensor, Tensor)");
 }
@@ -50,6 +51,7 @@ STABLE_TORCH_LIBRARY_IMPL(blipfast_native, CPU, m) {
   m.impl("draw_negatives", TORCH_BOX(&blipfast::draw_negatives));
   m.impl("few_rows_linear", TORCH_BOX(&blipfast::few_rows_linear));
   m.impl("varlen_attention", TORCH_BOX(&blipfast::varlen_attention));
+  m.impl("bias_gelu_out", TORCH_BOX(&blipfast::bias_gelu_out));
   m.impl("gelu_backward_", TORCH_BOX(&blipfast::gelu_backward_));
   m.impl("dropout", TORCH_BOX(&blipfast::dropout));
   m.impl("transpose_and_sum", TORCH_BOX(&blipfast::transpose_and_sum));

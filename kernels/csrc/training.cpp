@@ -6,6 +6,8 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <tuple>
+#include <vector>
 
 #include "amx.h"
 #include "bf16.h"
@@ -23,23 +25,56 @@ using torch::stable::Tensor;
 constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
 
 template <class T>
-BLIPFAST_INLINE void gelu_backward_loop(T* grad, const T* x, T* value, int64_t count) {
+BLIPFAST_INLINE void bias_gelu_loop(const T* x, const T* bias, T* out, int64_t rows,
+                                    int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* line = x + r * columns;
+    T* to = out + r * columns;
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const Gelu at = gelu(load(x + i));
-    store(load(grad + i) * at.slope, grad + i);
-    store(at.value, value + i);
+    for (int64_t i = 0; i < columns; ++i) {
+      store(gelu(load(line + i) + load(bias + i)).value, to + i);
+    }
   }
 }
 
 BLIPFAST_MULTI_ISA
-void gelu_backward_fp32(float* grad, const float* x, float* value, int64_t count) {
-  gelu_backward_loop(grad, x, value, count);
+void bias_gelu_fp32(const float* x, const float* bias, float* out, int64_t rows, int64_t columns) {
+  bias_gelu_loop(x, bias, out, rows, columns);
 }
 
 BLIPFAST_MULTI_ISA
-void gelu_backward_bf16(uint16_t* grad, const uint16_t* x, uint16_t* value, int64_t count) {
-  gelu_backward_loop(grad, x, value, count);
+void bias_gelu_bf16(const uint16_t* x, const uint16_t* bias, uint16_t* out, int64_t rows,
+                    int64_t columns) {
+  bias_gelu_loop(x, bias, out, rows, columns);
+}
+
+// Adds to sums, which hold the columns' sums of the gradient.
+template <class T>
+BLIPFAST_INLINE void gelu_backward_loop(T* grad, const T* x, const T* bias, T* value, float* sums,
+                                        int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t start = r * columns;
+#pragma omp simd
+    for (int64_t i = 0; i < columns; ++i) {
+      const Gelu at = gelu(load(x + start + i) + load(bias + i));
+      const float moved = load(grad + start + i) * at.slope;
+      sums[i] += moved;
+      store(moved, grad + start + i);
+      store(at.value, value + start + i);
+    }
+  }
+}
+
+BLIPFAST_MULTI_ISA
+void gelu_backward_fp32(float* grad, const float* x, const float* bias, float* value, float* sums,
+                        int64_t rows, int64_t columns) {
+  gelu_backward_loop(grad, x, bias, value, sums, rows, columns);
+}
+
+BLIPFAST_MULTI_ISA
+void gelu_backward_bf16(uint16_t* grad, const uint16_t* x, const uint16_t* bias, uint16_t* value,
+                        float* sums, int64_t rows, int64_t columns) {
+  gelu_backward_loop(grad, x, bias, value, sums, rows, columns);
 }
 
 // A call of Philox decides for 16 bits each: 8 of a counter's words' halves, 16 counters, 128 elements.
@@ -153,27 +188,83 @@ bool float_and_contiguous(const Tensor& x) {
   return x.is_contiguous() && (type == ScalarType::Float || type == ScalarType::BFloat16);
 }
 
+// Rows that are worth a thread.
+int64_t rows_for(int64_t columns) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns));
+}
+
+void check_layer(const char* name, const Tensor& x, const Tensor& bias) {
+  STD_TORCH_CHECK(float_and_contiguous(x) && x.dim() == 2 && bias.is_contiguous() &&
+                      bias.dim() == 1 && bias.size(0) == x.size(1) &&
+                      bias.scalar_type() == x.scalar_type(),
+                  name, ": takes a contiguous float32 or bfloat16 matrix and as wide a bias");
+}
+
 }  // namespace
 
-Tensor gelu_backward_(Tensor grad, Tensor x) {
-  STD_TORCH_CHECK(float_and_contiguous(grad) && x.is_contiguous() && same_kind(grad, x),
-                  "gelu_backward_: grad and x must be contiguous, float32 or bfloat16, and alike");
-  Tensor value = torch::stable::empty_like(x);
+void bias_gelu_out(Tensor x, Tensor bias, Tensor out) {
+  check_layer("bias_gelu_out", x, bias);
+  STD_TORCH_CHECK(out.is_contiguous() && same_kind(out, x), "bias_gelu_out: out must be like x");
   const bool bf16 = x.scalar_type() == ScalarType::BFloat16;
-  void* to = grad.mutable_data_ptr();
+  const int64_t columns = x.size(1);
   const void* from = x.const_data_ptr();
-  void* out = value.mutable_data_ptr();
-  torch::stable::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+  const void* offset = bias.const_data_ptr();
+  void* to = out.mutable_data_ptr();
+  torch::stable::parallel_for(0, x.size(0), rows_for(columns), [&](int64_t begin, int64_t end) {
+    const int64_t start = begin * columns;
     if (bf16) {
-      gelu_backward_bf16(static_cast<uint16_t*>(to) + begin,
-                         static_cast<const uint16_t*>(from) + begin,
-                         static_cast<uint16_t*>(out) + begin, end - begin);
+      bias_gelu_bf16(static_cast<const uint16_t*>(from) + start,
+                     static_cast<const uint16_t*>(offset), static_cast<uint16_t*>(to) + start,
+                     end - begin, columns);
     } else {
-      gelu_backward_fp32(static_cast<float*>(to) + begin, static_cast<const float*>(from) + begin,
-                         static_cast<float*>(out) + begin, end - begin);
+      bias_gelu_fp32(static_cast<const float*>(from) + start, static_cast<const float*>(offset),
+                     static_cast<float*>(to) + start, end - begin, columns);
     }
   });
-  return value;
+}
+
+std::tuple<Tensor, Tensor> gelu_backward_(Tensor grad, Tensor x, Tensor bias) {
+  check_layer("gelu_backward_", x, bias);
+  STD_TORCH_CHECK(grad.is_contiguous() && same_kind(grad, x),
+                  "gelu_backward_: grad must be contiguous and like x");
+  Tensor value = torch::stable::empty_like(x), bias_grad = torch::stable::empty_like(bias);
+  const bool bf16 = x.scalar_type() == ScalarType::BFloat16;
+  const int64_t rows = x.size(0), columns = x.size(1);
+  // Partial sums of fixed pieces, so that the number of threads does not matter.
+  constexpr int64_t kPiece = 64;
+  const int64_t pieces = (rows + kPiece - 1) / kPiece;
+  std::vector<float> sums(pieces * columns, 0.0f);
+  void* to = grad.mutable_data_ptr();
+  const void* from = x.const_data_ptr();
+  const void* offset = bias.const_data_ptr();
+  void* out = value.mutable_data_ptr();
+  torch::stable::parallel_for(0, pieces, 1, [&](int64_t first, int64_t last) {
+    for (int64_t piece = first; piece < last; ++piece) {
+      const int64_t start = piece * kPiece * columns;
+      const int64_t count = std::min(kPiece, rows - piece * kPiece);
+      float* sum = sums.data() + piece * columns;
+      if (bf16) {
+        gelu_backward_bf16(static_cast<uint16_t*>(to) + start,
+                           static_cast<const uint16_t*>(from) + start,
+                           static_cast<const uint16_t*>(offset),
+                           static_cast<uint16_t*>(out) + start, sum, count, columns);
+      } else {
+        gelu_backward_fp32(static_cast<float*>(to) + start, static_cast<const float*>(from) + start,
+                           static_cast<const float*>(offset), static_cast<float*>(out) + start,
+                           sum, count, columns);
+      }
+    }
+  });
+  for (int64_t i = 0; i < columns; ++i) {
+    float total = 0.0f;
+    for (int64_t piece = 0; piece < pieces; ++piece) total += sums[piece * columns + i];
+    if (bf16) {
+      store(total, static_cast<uint16_t*>(bias_grad.mutable_data_ptr()) + i);
+    } else {
+      store(total, static_cast<float*>(bias_grad.mutable_data_ptr()) + i);
+    }
+  }
+  return {value, bias_grad};
 }
 
 Tensor dropout(Tensor x, double p, int64_t seed) {

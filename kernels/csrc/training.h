@@ -10,9 +10,14 @@ namespace blipfast {
 
 // All tensors are contiguous, on the CPU, fp32 or bf16 (computed in fp32).
 
-// grad becomes grad * gelu'(x), in place; returns gelu(x), which the layer after it needs for its
-// weight's gradient. Same shapes and dtype.
-torch::stable::Tensor gelu_backward_(torch::stable::Tensor grad, torch::stable::Tensor x);
+// out (R, C) becomes gelu(x + bias); it may be x itself.
+void bias_gelu_out(torch::stable::Tensor x, torch::stable::Tensor bias, torch::stable::Tensor out);
+
+// grad (R, C), that of gelu(x + bias), becomes x's, in place. Returns gelu(x + bias), which the layer
+// after it needs for its weight's gradient, and the bias's gradient (C).
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> gelu_backward_(torch::stable::Tensor grad,
+                                                                        torch::stable::Tensor x,
+                                                                        torch::stable::Tensor bias);
 
 // x where it is kept, over the share that is kept, and zero elsewhere. The same seed drops the same
 // elements of a tensor of as many, whatever its dtype and the number of threads, so that a backward
