@@ -91,6 +91,8 @@ def run_file(path: Path, raw: Path) -> int:
     ]
     # pytest-benchmark measures nothing where it believes to be one of xdist's workers.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    # Huge pages for the heap, where the system offers them: faults vary from run to run.
+    environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     return subprocess.run(command, cwd=HERE.parent, env=environment, check=False).returncode
 
 

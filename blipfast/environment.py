@@ -195,7 +195,7 @@ def detect() -> Environment:
 
 
 def keep_freed_memory() -> bool:
-    """Lets this process keep the memory it frees, up to 2 GB, for its next tensors.
+    """Lets this process keep the memory it frees for its next tensors.
 
     glibc hands large blocks back to the system at once and gets them anew, page by page: of a
     training step on a CPU that is about a tenth, and it varies from run to run. For programs, not
@@ -209,5 +209,5 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    settings = {m_mmap_max: 0, m_trim_threshold: 2**31 - 1, m_top_pad: 2**26}
+    settings = {m_mmap_max: 0, m_trim_threshold: -1, m_top_pad: 2**26}  # -1: hand nothing back
     return all(mallopt(option, value) for option, value in settings.items())

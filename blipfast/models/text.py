@@ -20,9 +20,9 @@ from blipfast.errors import ShapeError
 from blipfast.models.config import Sharing, TextConfig
 from blipfast.models.streams import CrossStates, KeyValue, TextStream, cross_module
 from blipfast.ops.attention import CrossPlan, cross_attention, varlen_attention
-from blipfast.ops.dropout import dropout
 from blipfast.ops.linear_layers import Linear, feed_forward
 from blipfast.ops.packing import Packing, SharedPrefixes
+from blipfast.ops.seeded_dropout import dropout
 
 
 class Embeddings(nn.Module):

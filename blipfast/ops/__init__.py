@@ -27,6 +27,8 @@ _LAZY = {
     "TiedTable": "tied_table",
     "few_rows_linear": "few_rows",
     "few_rows_linears": "few_rows",
+    "dropout": "seeded_dropout",
+    "feed_forward": "linear_layers",
     "linear": "linear_layers",
     "linear_cross_entropy": "linear_ce",
     "linear_cross_entropy_reference": "linear_ce",

@@ -27,11 +27,11 @@ ENV_VAR = "BLIPFAST_BACKEND"
 _OPERATORS = (
     "attention",
     "contrastive",
-    "dropout",
     "hard_negatives",
     "linear_ce",
     "linear_layers",
     "momentum_update",
+    "seeded_dropout",
 )
 _overrides: ContextVar[dict[str, str] | None] = ContextVar("blipfast_backends", default=None)
 _tables: dict[str, Backends] = {}

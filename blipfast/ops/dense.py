@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipfast.ops import _native
-from blipfast.ops.dropout import dropout
+from blipfast.ops.seeded_dropout import dropout
 
 
 def dense_attention(

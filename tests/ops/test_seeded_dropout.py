@@ -7,7 +7,7 @@ import torch
 
 from blipfast.ops import _native
 from blipfast.ops.dense import dense_attention
-from blipfast.ops.dropout import dropout
+from blipfast.ops.seeded_dropout import dropout
 
 needs_native = pytest.mark.skipif(
     _native.why_not() is not None, reason="this machine has no C++ compiler"
