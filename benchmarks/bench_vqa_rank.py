@@ -1,7 +1,7 @@
 """VQA ranking: two questions at 480 px, 128 of 3,128 candidate answers.
 
-The baseline ranks as the original does, on the same modules: question states and K/V repeated for
-each candidate, answers padded, logits over the whole vocabulary.
+The baseline ranks as the original does, by PyTorch's layers with the same weights: question states
+and K/V repeated for each candidate, answers padded, logits over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from benchmarks import workloads
 from blipfast.evaluation.vqa import rank_plainly
 from blipfast.models.blip import PackedText
 from blipfast.models.config import blip_config
+from blipfast.ops import use_backend
 from blipfast.tasks.vqa import BlipForVQA
 
 QUESTIONS, ANSWERS, K = 2, 3_128, 128
@@ -43,6 +44,7 @@ def setting(request: pytest.FixtureRequest) -> dict[str, Any]:
     with torch.no_grad():
         states = model.encode_question(pixels, question_ids, question_mask)
 
+    @use_backend(linear="torch", feed_forward="torch")
     def per_pass() -> tuple[Tensor, Tensor]:
         return rank_plainly(model, states.embeds[0], question_mask, ids, answer_mask, K)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,14 +20,19 @@ def _sdpa_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int
     return sdpa_backward_flop_count(grad, q, k, v)
 
 
-# The counter knows CUDA's attention operators, but not the CPU's.
-_CPU_ATTENTION = {
+def _linear(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+# The counter does not know what is the CPU's alone.
+_CPU = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
+    torch.ops.mkldnn._linear_pointwise: _linear,
 }
 
 
 def count_flops(fn: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_CPU) as counter:
         fn()
     return counter.get_total_flops()

@@ -26,6 +26,7 @@ from blipfast.generation.image_attention import (
 from blipfast.models.streams import CrossStates
 from blipfast.models.text import CrossAttention, TextLayer, TextTransformer
 from blipfast.ops.few_rows import few_rows_linear
+from blipfast.ops.linear_layers import linear
 
 Cross = Literal["auto", "absorbed", "projected"]
 _Write = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -188,7 +189,7 @@ class IncrementalDecoder:
         heads = self.config.num_heads
         projected = []
         for layer in self._layers:
-            kv = F.linear(embeds, *layer.key_value).unflatten(-1, (2, heads, -1))
+            kv = linear(embeds, *layer.key_value).unflatten(-1, (2, heads, -1))
             k, v = kv.permute(2, 0, 3, 1, 4)
             projected.append((k, v))
         return Projected(projected, bias)

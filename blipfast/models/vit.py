@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from blipfast.errors import ShapeError
 from blipfast.models.config import VisionConfig
 from blipfast.ops.dense import dense_attention
-from blipfast.ops.linear_layers import Linear, feed_forward
+from blipfast.ops.linear_layers import Linear, feed_forward, linear
 
 
 class Attention(nn.Module):
@@ -34,8 +34,8 @@ class Attention(nn.Module):
         """`(B, S, D)` to the output of the first token alone, `(B, 1, D)`."""
         width = x.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
-        q = F.linear(x[:, :1], weight[:width], bias[:width]).unflatten(-1, (self.num_heads, -1))
-        kv = F.linear(x, weight[width:], bias[width:]).unflatten(-1, (2, self.num_heads, -1))
+        q = linear(x[:, :1], weight[:width], bias[:width]).unflatten(-1, (self.num_heads, -1))
+        kv = linear(x, weight[width:], bias[width:]).unflatten(-1, (2, self.num_heads, -1))
         k, v = kv.permute(2, 0, 3, 1, 4)
         return self.proj(dense_attention(q.transpose(1, 2), k, v).transpose(1, 2).flatten(2))
 
@@ -90,7 +90,7 @@ class PatchEmbed(nn.Module):
         # The patches do not overlap: one matrix product, whose backward is several times as fast in
         # bf16. In float32 it is not, and the convolution's rounding is the original's.
         patches = F.pixel_unshuffle(pixel_values, proj.kernel_size[0]).flatten(2).transpose(1, 2)
-        return F.linear(patches, proj.weight.flatten(1), proj.bias)
+        return linear(patches, proj.weight.flatten(1), proj.bias)
 
 
 class VisionTransformer(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from blipfast.errors import ShapeError
+from blipfast.ops._products import by_onednn, onednn_is_faster, product
 
 # Logits held at a time: enough rows that a matmul is efficient at a vocabulary of 30,524.
 _CPU_LOGITS = 1 << 25
@@ -58,7 +59,9 @@ def by_pieces(
             piece = slice(start, start + size)
             rows = hidden[piece]
             logits, z = raw[: len(rows)], values[: len(rows)]
-            if bias is None:
+            if in_place and onednn_is_faster(rows):
+                z = logits = by_onednn(rows, weight, bias)
+            elif bias is None:
                 torch.mm(rows, weight.T, out=logits)
             else:  # rounds once, where a sum of its own would round again
                 torch.addmm(bias, rows, weight.T, out=logits)
@@ -120,11 +123,11 @@ class _Gradients:
             d_bias = exact.sum(0, dtype=torch.promote_types(exact.dtype, torch.float32))
             self.d_bias = d_bias if self.d_bias is None else self.d_bias.add_(d_bias)
         if self.needs[0]:
-            torch.mm(d_logits, self.weight, out=self.d_hidden[piece])
+            self.d_hidden[piece] = product(d_logits, self.weight.T)
         if not self.needs[1]:
             return
         if self.d_weight is None:
-            self.d_weight = d_logits.T @ self.hidden[piece]
+            self.d_weight = product(d_logits.T, self.hidden[piece].T)
         elif self.weight.dtype in (torch.float32, torch.float64):
             self.d_weight.addmm_(d_logits.T, self.hidden[piece])
         else:

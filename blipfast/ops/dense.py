@@ -1,13 +1,13 @@
 """Scaled dot product attention over dense `(B, H, L, head_dim)` tensors, where each CPU is fast.
 
-PyTorch's own is used but for training on a CPU in bf16 and fp16: there its backward takes several
-times as long as the matrix products it consists of (torch 2.13, BLIP's shapes). With AMX, bf16 is
-then computed from the formula, whose probabilities are kept for the backward; else in float32.
+PyTorch's own is used but on a CPU in bf16 and fp16, where it takes several times as long as the
+matrix products it consists of (torch 2.13, BLIP's shapes): its backward everywhere, its forward on
+processors that multiply bf16 without AMX. There bf16 is computed from the formula, whose
+probabilities are kept for the backward. Training without such products is in float32.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipfast.ops import _native
+from blipfast.ops._products import bf16_products
 from blipfast.ops.seeded_dropout import dropout
 
 
@@ -38,10 +39,15 @@ def dense_attention(
     if on_cpu and wants_grad and dropout_p > 0.0 and _native.why_not(q) is None:
         with torch.autocast("cpu", enabled=False):
             return _from_formula(q, k, v, attn_mask, dropout_p, is_causal)
+    plain = attn_mask is None and not is_causal and dropout_p == 0.0
+    by_images = plain and q.dtype == torch.bfloat16 and bf16_products() == "avx512"
+    if on_cpu and by_images and not wants_grad:
+        with torch.autocast("cpu", enabled=False):
+            return _by_images(q, k, v)
     if not on_cpu or not low or not wants_grad:
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal)
     with torch.autocast("cpu", enabled=False):
-        if q.dtype == torch.bfloat16 and _has_amx():
+        if q.dtype == torch.bfloat16 and bf16_products() is not None:
             return _from_formula(q, k, v, attn_mask, dropout_p, is_causal)
         out = F.scaled_dot_product_attention(
             q.float(), k.float(), v.float(), attn_mask, dropout_p, is_causal
@@ -64,7 +70,14 @@ def _from_formula(
     return dropout(probs, dropout_p) @ v
 
 
-@functools.cache
-def _has_amx() -> bool:
-    check = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return check is not None and bool(check())
+_CACHED_SCORES = 2**22  # that the processor's caches hold
+
+
+def _by_images(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The formula over so few images at a time that their scores stay in the caches."""
+    images = max(1, _CACHED_SCORES // max(1, q.shape[1] * q.shape[2] * k.shape[2]))
+    # As attention writes it everywhere: the heads of a token side by side.
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+    for part, *qkv in zip(*(x.split(images) for x in (out, q, k, v)), strict=True):
+        part.copy_(_from_formula(qkv[0], qkv[1], qkv[2], None, 0.0, False))
+    return out

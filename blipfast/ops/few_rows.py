@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipfast.ops import _native
+from blipfast.ops._products import bf16_products, by_onednn, onednn_is_faster
 
 _FEW_ROWS, _BLOCK = 64, 64  # measured on two cores with AMX
 
@@ -16,8 +17,10 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = Fal
 
     On a CPU up to 64 rows go where the weight is read as it lies; `F.linear` repacks it at each
     call. In bf16 that is the C++ operator, or oneDNN with the weight as left operand; in float32
-    MKL with a batch of small products.
+    MKL with a batch of small products. oneDNN on AVX-512 reads it so by itself.
     """
+    if onednn_is_faster(x):
+        return by_onednn(x, weight, bias, gelu=gelu)
     if not _few_rows(x) or not weight.is_contiguous():
         out = F.linear(x, weight, bias)
         return F.gelu(out) if gelu else out
@@ -27,6 +30,8 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = Fal
         return run(rows.contiguous(), weight, bias, gelu).view(*x.shape[:-1], -1)
     if weight.element_size() >= 4:
         out = _by_blocks(rows, weight, bias)
+    elif bf16_products() == "avx512":
+        out = F.linear(rows, weight, bias)
     else:
         out = rows.new_empty(rows.shape[0], weight.shape[0])
         torch.add(torch.mm(weight, rows.t()).t(), bias, out=out)

@@ -1,10 +1,9 @@
 """Linear layers and the feed-forward network, where PyTorch's leave much of a CPU unused.
 
-In training:
+Their matrix products go to the library that is fast on this processor (`_products`). In training:
 
 - Autograd sums the gradients of all uses of a weight, in place only when a gradient is no view, and
   that of `F.linear` is one: some 900 MB more to write in each step of pre-training.
-- oneDNN multiplies by a transposed bf16 matrix at half its speed: it is transposed before.
 - GELU's output is computed again in the backward, beside its gradient, which takes no new memory.
 """
 
@@ -19,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from blipfast.ops import _native
 from blipfast.ops._dispatch import Backends
+from blipfast.ops._products import by_onednn, onednn_takes, parameter_gradients, product
 from blipfast.ops.autocast_copies import autocast_copy
 
 linear_backends = Backends("linear")
@@ -61,12 +61,9 @@ def _why_not(x: Tensor) -> str | None:
 
 @linear_backends.register("fused", _why_not)
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if torch.is_grad_enabled() and weight.requires_grad:
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Linear.apply(*_cast(x, weight, bias))
-    if _runs_on_one_thread(x, weight):
-        pieces = -(-x.shape[0] // _GOOD_ROWS)
-        return torch.cat([F.linear(part, weight, bias) for part in x.chunk(pieces)])
-    return F.linear(x, weight, bias)
+    return product(x, weight, bias)
 
 
 linear_backends.register("torch")(F.linear)
@@ -77,7 +74,7 @@ def _feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> 
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, b1, w2, b2)):
         return _FeedForward.apply(*_cast(x, w1, b1, w2, b2))
     if _fuses_gelu(x, w1):
-        hidden = torch.ops.mkldnn._linear_pointwise(x, w1, b1, "gelu", [], "none")
+        hidden = by_onednn(x, w1, b1, gelu=True)
     else:
         hidden = _bias_gelu(_linear(x, w1, None), b1, in_place=True)
     return _linear(hidden, w2, b2)
@@ -111,28 +108,9 @@ _MANY_ROWS = 2048  # below it the fused product gains nothing
 def _fuses_gelu(x: Tensor, weight: Tensor) -> bool:
     """In bf16 on a CPU, oneDNN can apply GELU before it rounds and writes."""
     return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.bfloat16
+        x.dtype == weight.dtype == torch.bfloat16
         and x.numel() >= _MANY_ROWS * x.shape[-1]
-        and not _autocasts(x)
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
-
-
-# Of two threads oneDNN (3.x, torch 2.13) leaves one idle between these row counts, at BERT's width.
-_GOOD_ROWS, _BAD_ROWS, _BAD_OUT_FEATURES = 640, 1408, 1024
-
-
-def _runs_on_one_thread(x: Tensor, weight: Tensor) -> bool:
-    return (
-        x.dim() == 2
-        and _GOOD_ROWS < x.shape[0] < _BAD_ROWS
-        and weight.shape[0] <= _BAD_OUT_FEATURES
-        and x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
-        and torch.get_num_threads() == 2
-        and not torch.is_grad_enabled()
+        and onednn_takes(x)
     )
 
 
@@ -140,7 +118,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -148,17 +126,17 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
         return (
-            grad @ weight if need_x else None,
-            *_parameter_gradients(grad.flatten(0, -2), x.flatten(0, -2), need_weight, need_bias),
+            product(grad, weight.t()) if need_x else None,
+            *parameter_gradients(grad.flatten(0, -2), x.flatten(0, -2), need_weight, need_bias),
         )
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        projected = F.linear(x, w1)
+        projected = product(x, w1)
         ctx.save_for_backward(x, projected, w1, b1, w2)
-        return F.linear(_bias_gelu(projected, b1), w2, b2)
+        return product(_bias_gelu(projected, b1), w2, b2)
 
     @staticmethod
     @once_differentiable
@@ -166,12 +144,12 @@ class _FeedForward(torch.autograd.Function):
         x, projected, w1, b1, w2 = ctx.saved_tensors
         need_x, need_w1, _, need_w2, need_b2 = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
-        grad_projected = rows @ w2
+        grad_projected = product(rows, w2.t())
         hidden, grad_b1 = _gelu_backward_(grad_projected, projected.flatten(0, -2), b1)
-        grad_w2, grad_b2 = _parameter_gradients(rows, hidden, need_w2, need_b2)
+        grad_w2, grad_b2 = parameter_gradients(rows, hidden, need_w2, need_b2)
         del hidden
-        grad_x = (grad_projected @ w1).view_as(x) if need_x else None
-        grad_w1, _ = _parameter_gradients(grad_projected, x.flatten(0, -2), need_w1, False)
+        grad_x = product(grad_projected, w1.t()).view_as(x) if need_x else None
+        grad_w1, _ = parameter_gradients(grad_projected, x.flatten(0, -2), need_w1, False)
         return grad_x, grad_w1, grad_b1, grad_w2, grad_b2
 
 
@@ -193,23 +171,3 @@ def _gelu_backward_(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tens
     biased = x + bias
     grad.copy_(torch.ops.aten.gelu_backward(grad, biased))
     return torch.ops.aten.gelu_(biased), grad.sum(0)
-
-
-_SMALL_WEIGHT = 768 * 768  # up to it, transposing first gains nothing
-
-
-def _parameter_gradients(
-    grad: Tensor, x: Tensor, need_weight: bool, need_bias: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of the weight and the bias, from `grad (R, out)` and `x (R, in)`."""
-    transposes = (
-        need_weight
-        and grad.dtype == torch.bfloat16
-        and grad.is_cpu
-        and grad.shape[1] * x.shape[1] > _SMALL_WEIGHT
-        and _native.amx()
-    )
-    if transposes:
-        transposed, sums = torch.ops.blipfast_native.transpose_and_sum(grad.contiguous())
-        return transposed @ x, sums if need_bias else None
-    return grad.t() @ x if need_weight else None, grad.sum(0) if need_bias else None

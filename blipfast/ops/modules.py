@@ -10,6 +10,7 @@ from blipfast.ops.attention import CrossPlan, cross_attention
 from blipfast.ops.contrastive import Positives, contrastive_softmax
 from blipfast.ops.hard_negatives import sample_hard_negatives
 from blipfast.ops.linear_ce import Reduction, linear_cross_entropy
+from blipfast.ops.linear_layers import Linear
 
 
 class ContrastiveLoss(nn.Module):
@@ -175,9 +176,9 @@ class CrossAttention(nn.Module):
         if embed_dim % num_heads:
             raise ShapeError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
         self.num_heads, self.dropout, self.impl = num_heads, dropout, impl
-        self.query = nn.Linear(embed_dim, embed_dim)
-        self.key_value = nn.Linear(kdim or embed_dim, 2 * embed_dim)
-        self.out = nn.Linear(embed_dim, embed_dim)
+        self.query = Linear(embed_dim, embed_dim)
+        self.key_value = Linear(kdim or embed_dim, 2 * embed_dim)
+        self.out = Linear(embed_dim, embed_dim)
 
     def forward(self, hidden: Tensor, image_embeds: Tensor, plan: CrossPlan) -> Tensor:
         """`hidden (T, embed_dim)`, `image_embeds (B, S, kdim)` to `(T, embed_dim)`.

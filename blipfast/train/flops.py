@@ -12,6 +12,7 @@ from functools import cache
 import torch
 
 from blipfast.models.config import BlipConfig, TextConfig, VisionConfig
+from blipfast.ops.linear_layers import linear
 from blipfast.train.config import ObjectiveConfig, TaskName
 
 # FLOP/s of dense matrix products by the makers' data sheets: (bf16, fp32 as TF32 off).
@@ -127,5 +128,5 @@ def peak_flops(device: torch.device, low_precision: bool) -> float | None:
 
 def _timed(a: torch.Tensor, b: torch.Tensor) -> float:
     start = time.perf_counter()
-    torch.mm(a, b)
+    linear(a, b)
     return time.perf_counter() - start

@@ -50,7 +50,9 @@ def test_varlen_attention_equals_the_formula(lengths: list[int], causal: bool) -
 
 @pytest.mark.parametrize(("causal", "masked"), [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dense_attention_and_its_gradients(dtype: torch.dtype, causal: bool, masked: bool) -> None:
+def test_dense_attention_and_its_gradients(
+    dtype: torch.dtype, causal: bool, masked: bool, processor: str
+) -> None:
     """In low precision on a CPU other code runs than SDPA; a row without keys gives 0, not NaN."""
     torch.manual_seed(0)
     low = [torch.randn(2, 3, n, 16).to(dtype).requires_grad_() for n in (7, 7, 7)]
@@ -65,6 +67,18 @@ def test_dense_attention_and_its_gradients(dtype: torch.dtype, causal: bool, mas
     grads = zip(gradients(ours, low, weights), gradients(exact, high, weights), strict=True)
     for a, b in grads:
         torch.testing.assert_close(a.double(), b, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 7, 16), (3, 4, 800, 8), (0, 2, 5, 8)])
+def test_dense_attention_without_gradients(shape: tuple[int, ...], processor: str) -> None:
+    """As near to float64's as SDPA in the same dtype, with all images at once or some at a time."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(shape).bfloat16() for _ in range(3))
+    ours, plain = dense_attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert ours.shape == exact.shape
+    errors = [(x.double() - exact).abs().flatten().sum() for x in (ours, plain)]
+    assert errors[0] <= 2 * errors[1] + torch.finfo(torch.bfloat16).eps * exact.abs().sum()
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,11 @@ def test_linear_under_autocast_casts() -> None:
         assert linear(x, weight).dtype == torch.bfloat16
 
 
+def _rounding(dtype: torch.dtype) -> float:
+    """Of a sum; where products are exact to the dtype, its order alone makes a few units."""
+    return torch.finfo(dtype).eps * (1 if dtype == torch.bfloat16 else 8)
+
+
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("amx", ["0", "1"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -61,6 +66,7 @@ def test_few_rows_linear(
     shape: tuple[int, int],
     amx: str,
     gelu: bool,
+    processor: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of one row, of few and of many: as exact as PyTorch's in the same dtype."""
@@ -75,7 +81,7 @@ def test_few_rows_linear(
     out = few_rows_linear(x, weight, bias, gelu=gelu)
     assert out.shape == exact.shape
     assert out.is_contiguous()
-    rounding = torch.finfo(dtype).eps * exact.abs().max()
+    rounding = _rounding(dtype) * exact.abs().max()
     assert (out.double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + rounding
 
 
@@ -92,7 +98,7 @@ def test_few_rows_linears(
     out = few_rows_linears(x, weight, bias)
     exact = torch.stack([F.linear(*(t[h].double() for t in (x, weight, bias))) for h in range(3)])
     plain = torch.stack([F.linear(x[h], weight[h], bias[h]) for h in range(3)])
-    rounding = torch.finfo(dtype).eps * exact.abs().max()
+    rounding = _rounding(dtype) * exact.abs().max()
     assert (out.double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + rounding
 
 
@@ -144,7 +150,7 @@ def _layers(dtype: torch.dtype, width: int = 96, hidden: int = 160) -> tuple[nn.
 
 @pytest.mark.parametrize("rows", [1, 2047, 4000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_feed_forward(rows: int, dtype: torch.dtype) -> None:
+def test_feed_forward(rows: int, dtype: torch.dtype, processor: str) -> None:
     """Output and every gradient are as near to float64's as plain PyTorch's in the same dtype."""
     first, second = _layers(dtype)
     x = torch.randn(1, rows, 96).to(dtype)
@@ -165,7 +171,7 @@ def test_feed_forward(rows: int, dtype: torch.dtype) -> None:
     theirs = run(plain, x, *weights)
     for a, b, c in zip(ours, theirs, exact, strict=True):
         errors = [(t.double() - c).abs().max().item() for t in (a, b)]
-        assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps * c.abs().max()
+        assert errors[0] <= 2 * errors[1] + _rounding(dtype) * c.abs().max()
     with torch.no_grad():
         torch.testing.assert_close(feed_forward(x, first, second), ours[0], atol=0.02, rtol=0.02)
 
@@ -178,10 +184,12 @@ def test_feed_forward_calls_layers_that_are_more_than_weights() -> None:
     assert seen == [1]
 
 
-def test_frozen_layers_get_no_gradients() -> None:
+@pytest.mark.parametrize("rows", [3, 300])
+def test_frozen_layers_get_no_gradients(rows: int, processor: str) -> None:
     first, second = _layers(torch.float32)
     first.requires_grad_(False)
-    x = torch.randn(3, 96, requires_grad=True)
+    x = torch.randn(rows, 96, requires_grad=True)
+    assert first(x).requires_grad
     feed_forward(x, first, second).sum().backward()
     assert first.weight.grad is None
     assert second.weight.grad is not None

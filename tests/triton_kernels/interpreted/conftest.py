@@ -22,6 +22,8 @@ import triton.language as tl  # noqa: E402
 import triton.runtime.interpreter as interpreter  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
+from blipfast.ops import _products  # noqa: E402
+
 torch.set_num_threads(1)
 
 
@@ -85,6 +87,12 @@ def _patch_with_index(tensor: Any, *scope: Any) -> None:
 
 # Triton 3.6 turns arrays of one element into integers in a way that NumPy 2.4 no longer takes.
 interpreter._patch_lang_tensor = _patch_with_index
+
+
+@pytest.fixture(autouse=True)
+def _one_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products beside a kernel come from where plain PyTorch has them, and round as there."""
+    monkeypatch.setattr(_products, "_mkl_lacks_avx512", lambda: False)
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from benchmarks.flops import count_flops
 from blipfast.models.blip import PackedText
 from blipfast.models.config import blip_config
 from blipfast.tasks.caption import BlipForCaptioning
@@ -21,15 +21,6 @@ from blipfast.train.flops import peak_flops, sample_flops
 
 BATCH, LENGTH = 4, 12
 OBJECTIVE = ObjectiveConfig(queue_size=40)
-ATEN = torch.ops.aten
-CPU = {
-    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
-        q, k, v
-    ),
-    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)
-    ),
-}
 
 
 def config(size: int):
@@ -80,9 +71,7 @@ def losses(task: str, size: int):
 @pytest.mark.parametrize("size", [64, 128])
 def test_formula_is_what_runs(task, size):
     loss = losses(task, size)
-    with FlopCounterMode(display=False, custom_mapping=CPU) as counter:
-        loss().backward()
-    counted = counter.get_total_flops() / BATCH
+    counted = count_flops(lambda: loss().backward()) / BATCH
     predicted = sample_flops(config(size), task, OBJECTIVE, length=LENGTH, batch=BATCH)
     # The lowest layer needs no gradient of its input, and the C++ operators are not counted.
     assert predicted == pytest.approx(counted, rel=0.06)
