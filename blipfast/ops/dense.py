@@ -40,8 +40,8 @@ def dense_attention(
         with torch.autocast("cpu", enabled=False):
             return _from_formula(q, k, v, attn_mask, dropout_p, is_causal)
     plain = attn_mask is None and not is_causal and dropout_p == 0.0
-    by_images = plain and q.dtype == torch.bfloat16 and bf16_products() == "avx512"
-    if on_cpu and by_images and not wants_grad:
+    by_images = plain and q.dtype == torch.bfloat16 and q.shape[2] >= _MANY_QUERIES
+    if on_cpu and by_images and not wants_grad and bf16_products() == "avx512":
         with torch.autocast("cpu", enabled=False):
             return _by_images(q, k, v)
     if not on_cpu or not low or not wants_grad:
@@ -70,6 +70,7 @@ def _from_formula(
     return dropout(probs, dropout_p) @ v
 
 
+_MANY_QUERIES = 32  # for fewer, SDPA's blocks are as fast
 _CACHED_SCORES = 2**22  # that the processor's caches hold
 
 

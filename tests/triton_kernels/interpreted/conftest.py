@@ -7,6 +7,7 @@ is seen.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,8 +22,6 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 for th
 import triton.language as tl  # noqa: E402
 import triton.runtime.interpreter as interpreter  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
-
-from blipfast.ops import _products  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -90,12 +89,6 @@ interpreter._patch_lang_tensor = _patch_with_index
 
 
 @pytest.fixture(autouse=True)
-def _one_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The products beside a kernel come from where plain PyTorch has them, and round as there."""
-    monkeypatch.setattr(_products, "_mkl_lacks_avx512", lambda: False)
-
-
-@pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -106,17 +99,20 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def assert_no_worse() -> Callable[[Tensor, Tensor, Tensor, str], None]:
-    """Our error is at most twice that of plain PyTorch in the same dtype, plus rounding."""
+def assert_no_worse() -> Callable[..., None]:
+    """Our error is at most twice that of plain PyTorch in the same dtype, plus rounding.
 
-    def check(ours: Tensor, plain: Tensor, exact: Tensor, name: str) -> None:
+    terms: of a sum that a library forms in an order of its own; its rounding grows with their root.
+    """
+
+    def check(ours: Tensor, plain: Tensor, exact: Tensor, name: str, terms: int = 1) -> None:
         assert ours.shape == exact.shape, name
         assert ours.dtype == plain.dtype, name
         if not exact.numel():
             return
         eps = torch.finfo(ours.dtype).eps
         # Products of inputs of size 1 are rounded even where they cancel and the result is 0.
-        rounding = 2 * eps * exact.abs().max().clamp(min=4 if eps < 1e-6 else 1)
+        rounding = 2 * max(1.0, math.sqrt(terms) / 8) * eps * exact.abs().max().clamp(min=4 if eps < 1e-6 else 1)
         bound = 2 * (plain.double() - exact).abs().max() + rounding
         error = (ours.double() - exact).abs().max()
         assert error <= bound, f"{name}: error {error:.2e} above {bound:.2e}"
