@@ -20,7 +20,10 @@ def main() -> int:
     )
     for field in dataclasses.fields(DemoSettings):
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=type(field.default), default=field.default)
+        about = field.metadata["help"]
+        parser.add_argument(
+            flag, type=type(field.default), default=field.default, help=about, metavar=""
+        )
     keep_freed_memory()
     try:
         result = run_demo(DemoSettings(**vars(parser.parse_args())))

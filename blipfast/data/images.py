@@ -180,15 +180,16 @@ class EvalTransform:
 
     Args:
         image_size: side of the square in pixels.
+        apply_orientation: as of `load_image`; for people's photographs, not for a data set.
     """
 
-    def __init__(self, image_size: int) -> None:
+    def __init__(self, image_size: int, *, apply_orientation: bool = False) -> None:
         if image_size < 1:
             raise DataError(f"image_size is {image_size}; it must be at least 1")
-        self.image_size = image_size
+        self.image_size, self.apply_orientation = image_size, apply_orientation
 
     def __call__(self, image: ImageSource, where: str = "") -> Tensor:
         """``(3, image_size, image_size)`` float32. Raises `DataError` as `load_image` does."""
-        rgb = load_image(image, where)
+        rgb = load_image(image, where, apply_orientation=self.apply_orientation)
         side = (self.image_size, self.image_size)
         return to_tensor(rgb.resize(side, Image.Resampling.BICUBIC) if rgb.size != side else rgb)

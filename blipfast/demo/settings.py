@@ -4,61 +4,61 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from blipfast.errors import ConfigError
 
 _DEFAULT_MINUTES = 15.0
 
 
+def _setting(default: Any, about: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": about})
+
+
 @dataclass(frozen=True)
 class DemoSettings:
     """Sizes of the main job; the defaults take about fifteen minutes on two CPU cores.
 
-    minutes: multiplies all step counts by `minutes / 15`. scale: multiplies the amount of data.
-    backbone_steps: of the image encoder, before all else. align_steps: of both encoders,
-    contrastive loss alone; pretrain_steps: of all three objectives; filter_steps, caption_steps:
-    fine-tuning.
-    noise: share of web texts that are wrong; hard_share: of those, the share with one wrong detail.
-    prompt: of captioners. threshold: of the filter. One in three of the pairs that ITM learns from
-    matches, so a third is what it says of a pair it knows nothing of. synthetic_threshold: of what
-    the captioner wrote, stricter: more of it is wrong in some detail.
+    Each field's metadata say what it is for, as does `scripts/demo.py --help`.
     """
 
-    out: str = "outputs/demo"
-    seed: int = 0
-    minutes: float = _DEFAULT_MINUTES
-    scale: float = 1.0
-    num_concepts: int = 24
-    num_web: int = 6_000
-    num_clean: int = 1_200
-    num_val: int = 400
-    num_test: int = 250
-    noise: float = 0.4
-    hard_share: float = 0.5
-    image_size: int = 48
-    patch_size: int = 8
-    vision_width: int = 192
-    vision_layers: int = 4
-    text_layers: int = 2
-    embed_dim: int = 128
-    batch_size: int = 64
-    backbone_steps: int = 400
-    align_steps: int = 250
-    pretrain_steps: int = 300
-    filter_steps: int = 250
-    caption_steps: int = 150
-    backbone_rate: float = 2e-3
-    learning_rate: float = 1e-3
-    finetune_rate: float = 6e-4
-    queue_size: int = 512
-    momentum: float = 0.99
-    alpha: float = 0.4
-    threshold: float = 1 / 3
-    synthetic_threshold: float = 0.6
-    prompt: str = "a picture of "
-    top_k_rerank: int = 32
-    precision: str = "bf16"
-    threads: int = 2
+    out: str = _setting("outputs/demo", "folder for models, shards, results and the page")
+    seed: int = _setting(0, "of the data, the weights and all draws")
+    minutes: float = _setting(_DEFAULT_MINUTES, "multiplies all step counts by minutes / 15")
+    scale: float = _setting(1.0, "multiplies the amount of data")
+    num_concepts: int = _setting(24, "things that the scenes are composed of")
+    num_web: int = _setting(6_000, "pairs with noisy texts")
+    num_clean: int = _setting(1_200, "pairs with clean texts: all learn from them too")
+    num_val: int = _setting(400, "pairs on which the filter is watched")
+    num_test: int = _setting(250, "held-out pairs on which the models are compared")
+    noise: float = _setting(0.4, "share of web texts that are wrong")
+    hard_share: float = _setting(0.5, "of the wrong texts, the share with just one wrong detail")
+    image_size: int = _setting(48, "side of the pictures in pixels")
+    patch_size: int = _setting(8, "side of a patch in pixels")
+    vision_width: int = _setting(192, "width of the image encoder")
+    vision_layers: int = _setting(4, "layers of the image encoder")
+    text_layers: int = _setting(2, "layers of the text transformer, from a packaged MiniLM")
+    embed_dim: int = _setting(128, "width of the contrastive features")
+    batch_size: int = _setting(64, "pairs of a step")
+    backbone_steps: int = _setting(400, "of the image encoder, which first learns to name things")
+    align_steps: int = _setting(250, "of both encoders by the contrastive loss alone")
+    pretrain_steps: int = _setting(300, "of all three objectives")
+    filter_steps: int = _setting(250, "of the filter by ITC and ITM, on clean pairs")
+    caption_steps: int = _setting(150, "of each captioner by LM, on clean pairs")
+    backbone_rate: float = _setting(2e-3, "learning rate of the image encoder alone")
+    learning_rate: float = _setting(1e-3, "of pre-training")
+    finetune_rate: float = _setting(6e-4, "learning rate of the filter and the captioners")
+    queue_size: int = _setting(512, "features that the contrastive queue holds")
+    momentum: float = _setting(0.99, "of the momentum encoders; the paper's is for longer runs")
+    alpha: float = _setting(0.4, "weight of the momentum model in the soft targets")
+    # One in three of the pairs that ITM learns from match: its word on one it knows nothing of.
+    threshold: float = _setting(1 / 3, "of the filter, for web texts")
+    # Stricter: more of what a captioner writes is wrong in some detail.
+    synthetic_threshold: float = _setting(0.6, "of the filter, for captions")
+    prompt: str = _setting("a picture of ", "what captions begin with")
+    top_k_rerank: int = _setting(32, "candidates that ITM ranks anew in retrieval")
+    precision: str = _setting("bf16", "bf16 or fp32")
+    threads: int = _setting(2, "CPU threads")
 
     def __post_init__(self) -> None:
         for name in ("minutes", "scale", "learning_rate", "finetune_rate"):

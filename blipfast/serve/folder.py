@@ -55,7 +55,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
 
 
 class ImageBatches:
-    """Batches of `(paths, pixel_values)` from files; those that cannot be read are left out.
+    """Batches of `(paths, pixel_values)` from files, upright, without those that cannot be read.
 
     on_failed: told of each that is. failed: how many were. on_read: told of each file.
     """
@@ -71,7 +71,7 @@ class ImageBatches:
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
         self.paths, self.batch_size = paths, batch_size
-        self.transform = EvalTransform(image_size)
+        self.transform = EvalTransform(image_size, apply_orientation=True)
         self.on_failed, self.on_read = on_failed, on_read
         self.failed = 0
 
@@ -130,14 +130,15 @@ class FolderIndex:
     ) -> FolderIndex:
         """Encodes pictures, but for those that `file` has of the same model, unchanged since.
 
-        file: read if it is there, and written when there is something new.
+        file: read if it is there, and written when there is something new. What it has of pictures
+            elsewhere stays in it.
         on_failed, on_read: as of `ImageBatches`; what is in the file is not read.
         Raises DataError when no picture can be read, or the file cannot be written.
         """
         device = next(model.parameters()).device
-        name = model_hash(model)
         size = model.config.vision.image_size
-        known = _read(file, name, size) if file is not None else {}
+        made_by = _made_by(model) if file is not None else {}
+        known = _read(file, made_by) if file is not None else {}
         stamps = {path: _stamp(path) for path in paths}
         rows = {path: known[stamps[path]] for path in paths if stamps[path] in known}
         todo = [path for path in paths if path not in rows]
@@ -148,8 +149,12 @@ class FolderIndex:
             raise DataError("none of the pictures can be read")
         order = [path for path in paths if path in rows]
         index = cls(order, torch.stack([rows[path] for path in order]))
-        if file is not None and set(map(stamps.get, order)) != set(known):
-            _write(file, name, size, [stamps[path] for path in order], index.features)
+        if file is not None:
+            kept = {stamps[path]: rows[path] for path in order}
+            here = {str(path.resolve()) for path in paths}
+            kept |= {s: row for s, row in known.items() if _elsewhere(s, here)}
+            if kept.keys() != known.keys():
+                _write(file, made_by, kept)
         return index
 
     @torch.inference_mode()
@@ -171,7 +176,7 @@ class FolderIndex:
         device = next(model.parameters()).device
         batch = tokenizer(list(texts), max_length=35).to(device)
         packed = PackedText.from_padded(batch.input_ids, batch.attention_mask)
-        with torch.autocast("cpu", enabled=False):  # bf16 would make ties of them
+        with torch.autocast(device.type, enabled=False):  # bf16 would make ties of them
             cosines = model.text_features(packed).float().cpu() @ self.features.T
         results = []
         for number, row in enumerate(cosines):
@@ -203,12 +208,30 @@ def _stamp(path: Path) -> str:
     return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
 
 
-def _read(file: Path, model: str, size: int) -> dict[str, Tensor]:
-    """Features by stamp; none from a file that is not there, damaged, or of another model."""
+def _elsewhere(stamp: str, here: set[str]) -> bool:
+    """Whether a stamp is that of a picture not among those here, and still unchanged."""
+    path = stamp.rsplit("|", 2)[0]
+    return path not in here and _stamp(Path(path)) == stamp
+
+
+def _made_by(model: BlipForRetrieval) -> dict[str, str]:
+    """What features depend on beside the pictures."""
+    device = next(model.parameters()).device.type
+    casts = torch.is_autocast_enabled(device)
+    return {
+        "format": "2",  # of this file, and of how pictures are read: upright
+        "model": model_hash(model),
+        "image_size": str(model.config.vision.image_size),
+        "autocast": str(torch.get_autocast_dtype(device)) if casts else "off",
+    }
+
+
+def _read(file: Path, made_by: dict[str, str]) -> dict[str, Tensor]:
+    """Features by stamp; none from a file that is not there, damaged, or made by something else."""
     try:
         with safe_open(file, framework="pt") as opened:
             about = opened.metadata() or {}
-            if (about.get("model"), about.get("image_size")) != (model, str(size)):
+            if any(about.get(name) != value for name, value in made_by.items()):
                 return {}
             features = opened.get_tensor("features")
             return dict(zip(json.loads(about["pictures"]), features, strict=True))
@@ -216,11 +239,11 @@ def _read(file: Path, model: str, size: int) -> dict[str, Tensor]:
         return {}
 
 
-def _write(file: Path, model: str, size: int, stamps: list[str], features: Tensor) -> None:
-    about = {"model": model, "image_size": str(size), "pictures": json.dumps(stamps)}
+def _write(file: Path, made_by: dict[str, str], features: dict[str, Tensor]) -> None:
+    about = {**made_by, "pictures": json.dumps(list(features))}
     temporary = file.with_name(f".{file.name}.tmp-{uuid.uuid4().hex[:12]}")
     try:
-        save_file({"features": features.contiguous()}, temporary, about)
+        save_file({"features": torch.stack(list(features.values()))}, temporary, about)
         os.replace(temporary, file)
     except (OSError, SafetensorError) as error:
         raise DataError(f"cannot write the index {file}: {error}") from error

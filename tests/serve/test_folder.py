@@ -84,6 +84,38 @@ def test_only_what_is_new_is_read_again(pictures, model, tmp_path) -> None:
         FolderIndex.build(find_images([pictures]), model, file=tmp_path / "no" / "index")
 
 
+def test_an_index_serves_several_folders(pictures, model, tmp_path) -> None:
+    """A search of one folder forgets nothing of another, but for what has gone."""
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    for name in ("x.png", "y.png"):
+        Image.fromarray(np.full((9, 9, 3), 7, np.uint8)).save(inner / name)
+    file = tmp_path / "index.safetensors"
+
+    def read(folder) -> int:
+        told = []
+        FolderIndex.build(find_images([folder]), model, file=file, on_read=lambda: told.append(1))
+        return len(told)
+
+    (pictures / "broken.jpg").unlink()
+    assert (read(pictures), read(inner), read(pictures), read(inner)) == (5, 2, 0, 0)
+    (pictures / "d.jpg").unlink()
+    assert read(inner) == 0
+    assert "d.jpg" not in str(file.read_bytes())
+    with torch.autocast("cpu", torch.bfloat16):  # other features
+        assert read(inner) == 2
+
+
+def test_photographs_are_looked_at_upright(tmp_path, model) -> None:
+    upright = Image.fromarray(np.arange(40 * 30 * 3, dtype=np.uint8).reshape(30, 40, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # as a phone held upright writes it
+    upright.save(tmp_path / "a.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png", exif=exif)
+    features = FolderIndex.build(find_images([tmp_path]), model).features
+    torch.testing.assert_close(features[0], features[1])
+
+
 def test_search_command(pictures, checkpoints, tmp_path, capsys) -> None:
     common = ["--checkpoint", checkpoints["retrieval"], "--device", "cpu"]
     status = main(["search", str(pictures), "a dog", *common, "--count", "2"])
