@@ -64,6 +64,7 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.readme
 
 # On a GPU the figures; elsewhere the same kernels at tiny sizes in the interpreter.
 bench-gpu: $(STAMP)

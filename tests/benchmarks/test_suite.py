@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import original, workloads
+from benchmarks import original, readme, workloads
 from benchmarks.__main__ import digest, main, merged, slug
 from benchmarks.bench_vqa_rank import answer_texts
 from benchmarks.flops import count_flops
@@ -144,3 +144,14 @@ def test_a_device_that_is_not_there_is_named(
     with pytest.raises(SystemExit):
         main(["--op", "all", "--device", "cuda"])
     assert "no GPU is visible" in capsys.readouterr().err
+
+
+def test_the_readme_has_the_results() -> None:
+    """As `python -m benchmarks.readme` writes it; the widest machine has a figure in each row."""
+    found = readme.machines()
+    made = readme.table(found)
+    assert made in readme.README.read_text()
+    assert "|  |" not in readme.table(found[:1])
+    assert readme.updated(f"a\n{readme.BEGIN}\nold\n{readme.END}\nb", "new") == (
+        f"a\n{readme.BEGIN}\nnew\n{readme.END}\nb"
+    )
