@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from blipfast.ops._products import product
+
 # Scores held at a time: about the second-level caches on a CPU, enough to fill a GPU otherwise.
 _CPU_SCORES = 1 << 19
 _GPU_SCORES = 1 << 24
@@ -47,12 +49,12 @@ def online_softmax(rows: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, Tensor
     total = rows.new_zeros((len(rows), 1))
     mean = torch.zeros_like(rows)
     for _, piece in chunks(keys, len(rows), rows.dtype):
-        scores = rows @ piece.T
+        scores = product(rows, piece)
         new_peak = torch.maximum(peak, scores.amax(1, keepdim=True))
         weights = scores.sub_(new_peak).exp_()
         fade = (peak - new_peak).exp_()
         total.mul_(fade).add_(weights.sum(1, keepdim=True))
-        mean.mul_(fade).addmm_(weights, piece)
+        mean.mul_(fade).add_(product(weights, piece.T))
         peak = new_peak
     return (peak + total.log()).squeeze(1), mean.div_(total)
 
@@ -116,7 +118,7 @@ def key_gradients(
     size = len(grad)
     student, soft, hard = key_weights(grad, len(rows) > size, alpha, query_ids, key_ids)
     for start, piece in chunks(keys, len(rows), rows.dtype):
-        probabilities = (rows @ piece.T).sub_(lse.unsqueeze(1)).exp_()
+        probabilities = product(rows, piece).sub_(lse.unsqueeze(1)).exp_()
         weights = probabilities[:size].mul_(student)
         if len(rows) > size:
             weights.addcmul_(probabilities[size:], soft, value=-1)

@@ -37,11 +37,15 @@ _overrides: ContextVar[dict[str, str] | None] = ContextVar("blipfast_backends", 
 _tables: dict[str, Backends] = {}
 
 
+Reason = Callable[[torch.Tensor], str | None]  # in words, or None
+
+
 @dataclass(frozen=True)
 class _Backend:
     name: str
     fn: Callable[..., Any]
-    why_not: Callable[[torch.Tensor], str | None]  # None when it can run, else the reason in words
+    why_not: Reason
+    slower: Reason
 
 
 def _always(_: torch.Tensor) -> str | None:
@@ -57,12 +61,16 @@ class Backends:
         _tables[op] = self
 
     def register(
-        self, name: str, why_not: Callable[[torch.Tensor], str | None] = _always
+        self, name: str, why_not: Reason = _always, slower: Reason = _always
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Adds `fn` as backend `name`; `why_not(tensor)` says why it cannot run, None if it can."""
+        """Adds `fn` as backend `name`.
+
+        `why_not(tensor)` says why it cannot run, `slower(tensor)` why `auto` had better take
+        another; None where there is no reason.
+        """
 
         def add(fn: Callable[..., Any]) -> Callable[..., Any]:
-            self._backends[name] = _Backend(name, fn, why_not)
+            self._backends[name] = _Backend(name, fn, why_not, slower)
             return fn
 
         return add
@@ -93,7 +101,7 @@ class Backends:
             return name, f"asked for by {source}"
         passed_over: list[str] = []
         for backend in self._backends.values():
-            reason = backend.why_not(tensor)
+            reason = backend.why_not(tensor) or backend.slower(tensor)
             if reason is None:
                 return backend.name, "; ".join(passed_over) or "first choice"
             passed_over.append(f"not {backend.name}: {reason}")

@@ -43,7 +43,7 @@ def onednn_takes(x: Tensor) -> bool:
 
 def onednn_is_faster(x: Tensor) -> bool:
     """Whether `by_onednn` beats what PyTorch takes for x's dtype, at any number of rows."""
-    return x.dtype == torch.float32 and onednn_takes(x) and _mkl_lacks_avx512()
+    return x.dtype == torch.float32 and onednn_takes(x) and mkl_lacks_avx512()
 
 
 @functools.cache
@@ -58,6 +58,12 @@ def bf16_products() -> str | None:
 @functools.cache
 def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@torch.compiler.assume_constant_result
+def mkl_lacks_avx512() -> bool:
+    """Whether the processor has AVX-512, but not for MKL."""
+    return _mkl_lacks_avx512()
 
 
 @functools.cache

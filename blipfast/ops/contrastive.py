@@ -40,6 +40,7 @@ from blipfast.ops._contrastive_stream import (
     scaled_rows,
 )
 from blipfast.ops._dispatch import Backends
+from blipfast.ops._products import mkl_lacks_avx512
 
 Positives = int | tuple[Tensor, Tensor | Sequence[Tensor]] | None
 
@@ -150,7 +151,17 @@ def _not_triton(why_not: Callable[[Tensor], str | None]) -> Callable[[Tensor], s
 
 
 backends.register("triton", _not_triton(_triton.why_not))(_engine("triton"))
-backends.register("native", _native.why_not)(_engine("native"))
+
+
+def _slower(query: Tensor) -> str | None:
+    """But for bf16 on AMX the C++ operator multiplies by MKL; the PyTorch one need not."""
+    if query.dtype == torch.bfloat16 and _native.amx():
+        return None
+    faster = mkl_lacks_avx512() and query.dtype in (torch.float32, torch.bfloat16)
+    return "oneDNN multiplies float32 faster on this processor" if faster else None
+
+
+backends.register("native", _native.why_not, _slower)(_engine("native"))
 backends.register("torch")(_engine("torch"))
 
 

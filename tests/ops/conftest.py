@@ -16,7 +16,7 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     name = str(request.param)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: name == "amx")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: name != "neither")
-    monkeypatch.setattr(_products, "_mkl_lacks_avx512", lambda: name == "avx512")
+    monkeypatch.setattr(_products, "mkl_lacks_avx512", lambda: name == "avx512")
     _products.bf16_products.cache_clear()
     yield name
     _products.bf16_products.cache_clear()
