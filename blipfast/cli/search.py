@@ -23,7 +23,8 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser(
         "search",
         "The pictures of a folder that fit a text, best first: found by ITC, re-ranked by ITM. "
-        "With --index features are kept, and the next search reads only new and changed pictures. "
+        "With --index features are kept, of several folders in one file, and the next search "
+        "reads only new and changed pictures. "
         "A picture that cannot be read is named on stderr; the others go on and the status is 1.",
         _EXAMPLES,
     )
