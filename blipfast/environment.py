@@ -152,12 +152,11 @@ def check(package: Package) -> Found:
 def _cpu() -> dict[str, str | int | bool]:
     import torch
 
-    from blipfast.ops._products import mkl_lacks_avx512
+    from blipfast.ops._products import bf16_products, mkl_lacks_avx512
 
-    bf16 = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return {
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "amx_bf16": bool(bf16()) if bf16 is not None else False,
+        "amx_bf16": bf16_products() == "amx",
         "float32": "oneDNN" if mkl_lacks_avx512() else "PyTorch's",
         "threads": torch.get_num_threads(),
     }

@@ -59,7 +59,7 @@ def by_pieces(
             piece = slice(start, start + size)
             rows = hidden[piece]
             logits, z = raw[: len(rows)], values[: len(rows)]
-            if in_place and onednn_is_faster(rows):
+            if onednn_is_faster(rows):
                 z = logits = by_onednn(rows, weight, bias)
             elif bias is None:
                 torch.mm(rows, weight.T, out=logits)

@@ -153,12 +153,9 @@ def _not_triton(why_not: Callable[[Tensor], str | None]) -> Callable[[Tensor], s
 backends.register("triton", _not_triton(_triton.why_not))(_engine("triton"))
 
 
-def _slower(query: Tensor) -> str | None:
-    """But for bf16 on AMX the C++ operator multiplies by MKL; the PyTorch one need not."""
-    if query.dtype == torch.bfloat16 and _native.amx():
-        return None
-    faster = mkl_lacks_avx512() and query.dtype in (torch.float32, torch.bfloat16)
-    return "oneDNN multiplies float32 faster on this processor" if faster else None
+def _slower(_: Tensor) -> str | None:
+    """Without AMX the C++ operator multiplies by MKL; the PyTorch one need not."""
+    return "oneDNN multiplies float32 faster on this processor" if mkl_lacks_avx512() else None
 
 
 backends.register("native", _native.why_not, _slower)(_engine("native"))

