@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blipfast.ops.few_rows import few_rows_linears
+from blipfast.ops.few_rows import few_rows_linears, reads_in_place
 
 Pair = tuple[Tensor, Tensor]  # weight and bias
 _TILE = 32  # states, so that they fill whole tiles on either side of a product
@@ -51,7 +51,7 @@ class Absorbed:
     """The projections of K and V moved to the query's side.
 
     The states are the weights of two few-row layers: of scores, and of means. They are padded to
-    whole tiles; padding and masked states have a score of minus infinity. Where `_reads_in_place`
+    whole tiles; padding and masked states have a score of minus infinity. Where `reads_in_place`
     they are kept in both orders, so that both products read them as they lie.
     """
 
@@ -59,7 +59,7 @@ class Absorbed:
         self, embeds: Tensor, valid: Tensor | None, layers: list[LayerWeights], num_heads: int
     ) -> None:
         size = embeds.shape[1]
-        in_place = _reads_in_place(embeds)
+        in_place = reads_in_place(embeds)
         padding = -size % _TILE if in_place else 0
         self.keys = F.pad(embeds, (0, 0, 0, padding))  # (B, S', W)
         self.values = self.keys.transpose(1, 2)  # (B, W, S')
@@ -102,11 +102,6 @@ class Absorbed:
             self.bias = torch.cat([self.bias, other.bias])
 
 
-def _reads_in_place(weight: Tensor) -> bool:
-    """Whether a few-row layer reads its weight as it lies, so that its order is worth a copy."""
-    return weight.is_cpu and weight.dtype == torch.bfloat16
-
-
 def _head_weights(key_value: Pair, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Each head's part: from a query to what is compared with the states, `(H, W, head_dim)`, whose
     bias is a constant under the softmax; and from the mean state to the output, `(H, head_dim, W)`,
@@ -115,7 +110,7 @@ def _head_weights(key_value: Pair, num_heads: int) -> tuple[Tensor, Tensor, Tens
     weight, bias = key_value
     key, value = weight.view(2, num_heads, -1, weight.shape[1])
     key = key.transpose(1, 2)
-    if _reads_in_place(weight):
+    if reads_in_place(weight):
         key = key.contiguous()
     return key, value, bias.view(2, num_heads, -1)[1]
 

@@ -32,7 +32,7 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} does not load beside torch {torch.__version__}: {error}"
-    if not hasattr(torch.ops.blipfast_native, "bias_gelu_out"):
+    if not hasattr(torch.ops.blipfast_native, "avx512_bf16"):
         return f"{LIBRARY.name} is of another version of blipfast; build it again (make native)"
     _register_fakes()
     return None
@@ -49,7 +49,7 @@ def _register_fakes() -> None:
         return scores.new_empty(scores.shape[0], options[-1], dtype=torch.int64)
 
     @torch.library.register_fake("blipfast_native::few_rows_linear")
-    def _(rows: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+    def _(rows: Tensor, weight: Tensor, bias: Tensor, gelu: bool, amx: bool) -> Tensor:
         return rows.new_empty(*rows.shape[:-1], weight.shape[-2])
 
     @torch.library.register_fake("blipfast_native::varlen_attention")
@@ -81,6 +81,17 @@ def amx() -> bool:
 @functools.cache
 def _has_amx() -> bool:
     return _load() is None and bool(torch.ops.blipfast_native.amx_bf16())
+
+
+@torch.compiler.assume_constant_result
+def avx512_bf16() -> bool:
+    """Whether the operators are there, and AVX-512's dot products of bfloat16."""
+    return _has_avx512_bf16()
+
+
+@functools.cache
+def _has_avx512_bf16() -> bool:
+    return _load() is None and bool(torch.ops.blipfast_native.avx512_bf16())
 
 
 def status() -> str:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipfast.ops import _native
-from blipfast.ops._products import bf16_products, by_onednn, onednn_is_faster
+from blipfast.ops._products import by_onednn, onednn_is_faster
 
 _FEW_ROWS, _BLOCK = 64, 64  # measured on two cores with AMX
 
@@ -16,22 +16,20 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = Fal
     """`F.linear`, and GELU over it, without gradients: `x (..., in)` to `(..., out)`.
 
     On a CPU up to 64 rows go where the weight is read as it lies; `F.linear` repacks it at each
-    call. In bf16 that is the C++ operator, or oneDNN with the weight as left operand; in float32
-    MKL with a batch of small products. oneDNN on AVX-512 reads it so by itself.
+    call. That is the C++ operator where `reads_in_place`, else oneDNN with the weight as left
+    operand, or in float32 MKL with a batch of small products.
     """
+    if reads_few_rows_in_place(x, weight):
+        rows = x.flatten(0, -2).contiguous()
+        return _by_operator(rows, weight, bias, gelu).view(*x.shape[:-1], -1)
     if onednn_is_faster(x):
         return by_onednn(x, weight, bias, gelu=gelu)
     if not _few_rows(x) or not weight.is_contiguous():
         out = F.linear(x, weight, bias)
         return F.gelu(out) if gelu else out
     rows = x.flatten(0, -2)
-    if _amx_takes(rows):
-        run = torch.ops.blipfast_native.few_rows_linear
-        return run(rows.contiguous(), weight, bias, gelu).view(*x.shape[:-1], -1)
     if weight.element_size() >= 4:
         out = _by_blocks(rows, weight, bias)
-    elif bf16_products() == "avx512":
-        out = F.linear(rows, weight, bias)
     else:
         out = rows.new_empty(rows.shape[0], weight.shape[0])
         torch.add(torch.mm(weight, rows.t()).t(), bias, out=out)
@@ -43,12 +41,35 @@ def few_rows_linears(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
     x: `(H, R, in)`, weight: `(H, out, in)`, bias: `(H, out)`. Returns `(H, R, out)`.
     """
-    if x.is_cpu and x.shape[1] <= _FEW_ROWS and weight.is_contiguous() and _amx_takes(x):
+    if x.shape[1] <= _FEW_ROWS and weight.is_contiguous() and reads_in_place(x):
         bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
-        return torch.ops.blipfast_native.few_rows_linear(x.contiguous(), weight, bias, False)
+        return _by_operator(x.contiguous(), weight, bias, False)
     if bias is None:
         return torch.bmm(x, weight.transpose(1, 2))
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+
+
+def reads_in_place(x: Tensor) -> bool:
+    """Whether the C++ operator takes x's dtype and width, and reads a contiguous weight as it lies.
+
+    In float32 only where PyTorch's own library leaves AVX-512 unused.
+    """
+    if not x.is_cpu or x.shape[-1] % 32 != 0:
+        return False
+    if x.dtype == torch.bfloat16:
+        return _native.amx() or _native.avx512_bf16()
+    return onednn_is_faster(x) and _native.avx512_bf16()
+
+
+def reads_few_rows_in_place(x: Tensor, weight: Tensor) -> bool:
+    """Whether x has few rows, and `reads_in_place` holds for both."""
+    same = x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
+    return same and _few_rows(x) and weight.is_contiguous() and reads_in_place(x)
+
+
+def _by_operator(rows: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+    amx = rows.dtype == torch.bfloat16 and _native.amx()
+    return torch.ops.blipfast_native.few_rows_linear(rows, weight, bias, gelu, amx)
 
 
 def _by_blocks(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -67,7 +88,3 @@ def _by_blocks(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _few_rows(x: Tensor) -> bool:
     return x.is_cpu and x.shape[-1] < x.numel() <= _FEW_ROWS * x.shape[-1]
-
-
-def _amx_takes(rows: Tensor) -> bool:
-    return rows.dtype == torch.bfloat16 and rows.shape[-1] % 32 == 0 and _native.amx()

@@ -20,6 +20,7 @@ from blipfast.ops import _native
 from blipfast.ops._dispatch import Backends
 from blipfast.ops._products import by_onednn, onednn_takes, parameter_gradients, product
 from blipfast.ops.autocast_copies import autocast_copy
+from blipfast.ops.few_rows import few_rows_linear, reads_few_rows_in_place
 
 linear_backends = Backends("linear")
 feed_forward_backends = Backends("feed_forward")
@@ -63,6 +64,8 @@ def _why_not(x: Tensor) -> str | None:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Linear.apply(*_cast(x, weight, bias))
+    if bias is not None and reads_few_rows_in_place(x, weight):
+        return few_rows_linear(x, weight, bias)
     return product(x, weight, bias)
 
 
@@ -73,7 +76,9 @@ linear_backends.register("torch")(F.linear)
 def _feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, b1, w2, b2)):
         return _FeedForward.apply(*_cast(x, w1, b1, w2, b2))
-    if _fuses_gelu(x, w1):
+    if reads_few_rows_in_place(x, w1):
+        hidden = few_rows_linear(x, w1, b1, gelu=True)
+    elif _fuses_gelu(x, w1):
         hidden = by_onednn(x, w1, b1, gelu=True)
     else:
         hidden = _bias_gelu(_linear(x, w1, None), b1, in_place=True)

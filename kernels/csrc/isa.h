@@ -25,6 +25,9 @@ namespace blipfast {
 // Whether the processor and the system let this process use AMX on bfloat16 (asks for it once).
 bool amx_bf16_ready();
 
+// Whether the processor has AVX-512 with dot products of bfloat16.
+bool avx512_bf16_ready();
+
 inline int64_t isa_level() {
 #if BLIPFAST_CLONES
   __builtin_cpu_init();

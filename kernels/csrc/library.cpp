@@ -23,17 +23,22 @@ bool native_amx_bf16() {
   return blipfast::amx_bf16_ready();
 }
 
+bool native_avx512_bf16() {
+  return blipfast::avx512_bf16_ready();
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(blipfast_native, m) {
   m.def("isa_level() -> int");
   m.def("amx_bf16() -> bool");
+  m.def("avx512_bf16() -> bool");
   m.def(
       "softmax_mean(Tensor rows, Tensor keys, Tensor temperature, bool amx) -> (Tensor, Tensor)");
   m.def(
       "draw_negatives(Tensor scores, Tensor? query_ids, Tensor? key_ids, float eps, int offset,"
       " int seed, int step, int stream, int first_row, int first_column, int num) -> Tensor");
-  m.def("few_rows_linear(Tensor rows, Tensor weight, Tensor bias, bool gelu) -> Tensor");
+  m.def("few_rows_linear(Tensor rows, Tensor weight, Tensor bias, bool gelu, bool amx) -> Tensor");
   m.def("varlen_attention(Tensor qkv, Tensor cu_seqlens, bool causal) -> Tensor");
   m.def("bias_gelu_out(Tensor x, Tensor bias, Tensor(a!) out) -> ()");
   m.def("gelu_backward_(Tensor(a!) grad, Tensor x, Tensor bias) -> (Tensor, Tensor)");
@@ -44,6 +49,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(blipfast_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(blipfast_native, CompositeExplicitAutograd, m) {
   m.impl("isa_level", TORCH_BOX(&native_isa_level));
   m.impl("amx_bf16", TORCH_BOX(&native_amx_bf16));
+  m.impl("avx512_bf16", TORCH_BOX(&native_avx512_bf16));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(blipfast_native, CPU, m) {

@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "amx.h"
+#include "avx512.h"
 #include "bf16.h"
 #include "gelu.h"
 #include "isa.h"
@@ -131,7 +131,7 @@ constexpr int64_t kRows = 32, kColumns = 16;  // of a block: a line of the trans
 constexpr int64_t kStrip = 2 * kColumns;      // a line of x
 
 // Rows [row, row + kRows) of kColumns columns of x, from `first`, into lines of out; adds to total.
-BLIPFAST_AMX inline void transpose_block(const uint16_t* x, int64_t rows, int64_t columns,
+BLIPFAST_AVX512 inline void transpose_block(const uint16_t* x, int64_t rows, int64_t columns,
                                          int64_t row, int64_t first, uint16_t* out,
                                          __m512& total) {
   const int64_t width = std::min(kColumns, columns - first);
@@ -158,7 +158,7 @@ BLIPFAST_AMX inline void transpose_block(const uint16_t* x, int64_t rows, int64_
 }
 
 // Columns [first, first + kStrip) of x (rows, columns) into as many lines of out, and their sums.
-BLIPFAST_AMX void transpose_strip(const uint16_t* x, int64_t rows, int64_t columns, int64_t first,
+BLIPFAST_AVX512 void transpose_strip(const uint16_t* x, int64_t rows, int64_t columns, int64_t first,
                                   uint16_t* out, uint16_t* sums) {
   __m512 totals[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   const bool both = first + kColumns < columns;

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blipfast.ops import _native
 from blipfast.ops.autocast_copies import autocast_copy
-from blipfast.ops.few_rows import few_rows_linear, few_rows_linears
 from blipfast.ops.linear_layers import Linear, feed_forward, linear
 from blipfast.ops.tied_table import TiedTable
 
@@ -53,53 +51,6 @@ def test_linear_under_autocast_casts() -> None:
 def _rounding(dtype: torch.dtype) -> float:
     """Of a sum; where products are exact to the dtype, its order alone makes a few units."""
     return torch.finfo(dtype).eps * (1 if dtype == torch.bfloat16 else 8)
-
-
-@pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("amx", ["0", "1"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("outputs", [192, 452, 40])  # whole blocks, a remainder, less than one
-@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (4, 3), (5, 4), (49, 1), (64, 1), (13, 5)])
-def test_few_rows_linear(
-    dtype: torch.dtype,
-    outputs: int,
-    shape: tuple[int, int],
-    amx: str,
-    gelu: bool,
-    processor: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Of one row, of few and of many: as exact as PyTorch's in the same dtype."""
-    monkeypatch.setenv(_native.AMX_ENV_VAR, amx)
-    torch.manual_seed(0)
-    x = torch.randn(*shape, 96).to(dtype)
-    weight, bias = torch.randn(outputs, 96).to(dtype), torch.randn(outputs).to(dtype)
-    exact = F.linear(x.double(), weight.double(), bias.double())
-    plain = F.linear(x, weight, bias)
-    if gelu:
-        exact, plain = F.gelu(exact), F.gelu(plain)
-    out = few_rows_linear(x, weight, bias, gelu=gelu)
-    assert out.shape == exact.shape
-    assert out.is_contiguous()
-    rounding = _rounding(dtype) * exact.abs().max()
-    assert (out.double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + rounding
-
-
-@pytest.mark.parametrize("amx", ["0", "1"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("outputs", "rows"), [(64, 12), (40, 1), (100, 33), (16, 65)])
-def test_few_rows_linears(
-    dtype: torch.dtype, outputs: int, rows: int, amx: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(_native.AMX_ENV_VAR, amx)
-    torch.manual_seed(0)
-    x, weight = torch.randn(3, rows, 96).to(dtype), torch.randn(3, outputs, 96).to(dtype)
-    bias = torch.randn(3, outputs).to(dtype)
-    out = few_rows_linears(x, weight, bias)
-    exact = torch.stack([F.linear(*(t[h].double() for t in (x, weight, bias))) for h in range(3)])
-    plain = torch.stack([F.linear(x[h], weight[h], bias[h]) for h in range(3)])
-    rounding = _rounding(dtype) * exact.abs().max()
-    assert (out.double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + rounding
 
 
 @pytest.mark.parametrize("output_layer", [True, False])
