@@ -39,7 +39,7 @@ class Embeddings(nn.Module):
         return dropout(x, self.dropout, self.training)
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
     """Output projection, dropout, residual and LayerNorm, which close every sublayer."""
 
     def __init__(self, config: TextConfig, in_features: int) -> None:
@@ -61,7 +61,7 @@ class SelfAttention(nn.Module):
         self.num_heads = config.num_heads
         self.attention_dropout = config.attention_dropout
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out = _Residual(config, config.hidden_size)
+        self.out = Residual(config, config.hidden_size)
 
     def project(self, hidden: Tensor) -> Tensor:
         """`(..., D)` to q, k and v, `(..., 3, H, head_dim)`."""
@@ -110,7 +110,7 @@ class CrossAttention(nn.Module):
     def __init__(self, config: TextConfig, cross_width: int) -> None:
         super().__init__()
         self.attention = _ImageAttention(config, cross_width)
-        self.out = _Residual(config, config.hidden_size)
+        self.out = Residual(config, config.hidden_size)
 
     def project(self, embeds: Sequence[Tensor]) -> tuple[KeyValue, ...]:
         return (self.attention.project(embeds[0]),)
@@ -152,7 +152,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.intermediate = Linear(config.hidden_size, config.intermediate_size)
-        self.out = _Residual(config, config.intermediate_size)
+        self.out = Residual(config, config.intermediate_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.out.close(feed_forward(hidden, self.intermediate, self.out.dense), hidden)

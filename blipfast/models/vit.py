@@ -6,6 +6,7 @@ Parameter names are timm's (and the original BLIP's), so that such checkpoints l
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -52,27 +53,28 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: VisionConfig, drop_path: float) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = Mlp(config)
-        self.drop_path = drop_path
 
-    def forward(self, x: Tensor, first_only: bool = False) -> Tensor:
+    def forward(self, x: Tensor, first_only: bool = False, keep: Tensor | None = None) -> Tensor:
+        """keep: a scalar, the share of images whose branches stay (stochastic depth); None: all."""
+        keep = keep if self.training else None
         attn = self.attn.first_token if first_only else self.attn
         branch = attn(self.norm1(x))
-        x = (x[:, :1] if first_only else x) + self._maybe_drop(branch)
-        return x + self._maybe_drop(self.mlp(self.norm2(x)))
+        x = (x[:, :1] if first_only else x) + _drop_path(branch, keep)
+        return x + _drop_path(self.mlp(self.norm2(x)), keep)
 
-    def _maybe_drop(self, branch: Tensor) -> Tensor:
-        """Stochastic depth: the branch is dropped per image, the rest scaled up."""
-        if not self.training or self.drop_path == 0.0:
-            return branch
-        keep = 1.0 - self.drop_path
-        mask = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep)
-        return branch * mask / keep
+
+def _drop_path(branch: Tensor, keep: Tensor | None) -> Tensor:
+    """The branch is dropped per image, the rest scaled up."""
+    if keep is None:
+        return branch
+    kept = torch.bernoulli(keep.expand(branch.shape[0], 1, 1))
+    return branch * (kept / keep).to(branch.dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -102,14 +104,12 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
+        self.drop_path_rate = config.drop_path_rate
         self.gradient_checkpointing = 0
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, config.hidden_size))
         self.patch_embed = PatchEmbed(config)
-        depth = max(config.num_layers - 1, 1)
-        self.blocks = nn.ModuleList(
-            Block(config, config.drop_path_rate * i / depth) for i in range(config.num_layers)
-        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -129,13 +129,17 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(pixel_values)
         cls_token = self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1)
         x = torch.cat([cls_token, x], dim=1) + self.pos_embed.to(x.dtype)
-        first_recomputed = len(self.blocks) - self.gradient_checkpointing
+        count = len(self.blocks)
+        keep: Sequence[Tensor | None] = [None] * count
+        if self.training and self.drop_path_rate > 0.0:
+            # Tensors, so that one compiled graph serves all blocks.
+            keep = torch.linspace(1.0, 1.0 - self.drop_path_rate, count, device=x.device).unbind()
         for i, block in enumerate(self.blocks):
-            last = first_only and i == len(self.blocks) - 1
-            if self.training and i >= first_recomputed:
-                x = checkpoint(block, x, last, use_reentrant=False)
+            last = first_only and i == count - 1
+            if self.training and i >= count - self.gradient_checkpointing:
+                x = checkpoint(block, x, last, keep[i], use_reentrant=False)
             else:
-                x = block(x, last)
+                x = block(x, last, keep[i])
         return self.norm(x)
 
 

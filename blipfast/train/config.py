@@ -67,7 +67,7 @@ class FitConfig:
         None, "steps between checkpoints; by default one each epoch, and one at the end"
     )
     keep_checkpoints: int = described(3, "newest checkpoints kept")
-    compile: bool = described(False, "run the model through torch.compile")
+    compile: bool = described(False, "run the model's blocks through torch.compile")
     hang_timeout: float = described(
         900.0, "seconds without a step after which a rank writes down its stacks and ends"
     )

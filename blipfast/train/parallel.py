@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from blipfast.errors import ConfigError
 from blipfast.models.vit import Block
+from blipfast.train.compiled import compile_regions
 from blipfast.train.config import FitConfig
 from blipfast.train.ranks import world_size
 
@@ -76,22 +77,23 @@ def lay_out(model: nn.Module, config: FitConfig) -> Layout:
             "fit.micro_batch goes with fit.parallel=ddp; under fsdp save memory by "
             "fit.grad_checkpointing"
         )
+    if config.compile:
+        compile_regions(model)
     if config.parallel == "fsdp":
         return _shared_out(model, config)
-    forward = torch.compile(model) if config.compile else model
     parameters = [p for p in model.parameters() if p.requires_grad]
     if world_size() == 1:
-        return Layout(model, forward, _nothing, [])
+        return Layout(model, model, _nothing, [])
     if config.micro_batch is not None:
         _same_start(model)
-        return Layout(model, forward, _nothing, parameters)
+        return Layout(model, model, _nothing, parameters)
     device = parameters[0].device
     ddp: Any = nn.parallel.DistributedDataParallel
     # Queues are equal on all ranks, since all features enter them. torch 2.13 renamed the switch.
     known = inspect.signature(ddp.__init__).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     wrapped = ddp(
-        forward,
+        model,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         **{switch: False},
@@ -122,8 +124,7 @@ def _shared_out(model: nn.Module, config: FitConfig) -> Layout:
         # In the forward pass its parameters are whole copies, and a change to them is lost.
         model.moves_twin = False  # type: ignore[assignment]
         before = model.move_twin  # type: ignore[assignment]
-    forward = torch.compile(model) if config.compile else model
-    return Layout(model, forward, before, [p for p in scalars if p.requires_grad])
+    return Layout(model, model, before, [p for p in scalars if p.requires_grad])
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:

@@ -111,8 +111,7 @@ def test_dropout_is_off_and_the_mode_comes_back(make_captioner, image_embeds, pr
     expected = model.generate(torch.ones(2, 3, 32, 32), prompt_ids=prompt_ids)
     model.train()
     model.visual_encoder.blocks[0].eval()  # frozen: must stay so
-    for block in model.visual_encoder.blocks:
-        block.drop_path = 0.9
+    model.visual_encoder.drop_path_rate = 0.9
     assert torch.equal(
         model.generate(torch.ones(2, 3, 32, 32), prompt_ids=prompt_ids).sequences,
         expected.sequences,

@@ -83,6 +83,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (2, {"micro_batch": 1}),
         (2, {"parallel": "fsdp", "grad_checkpointing": True, "grad_clip": 1e6}),
         (2, {"parallel": "fsdp", "precision": "pure_bf16"}),
+        (2, {"compile": True}),
+        (2, {"compile": True, "parallel": "fsdp"}),
     ],
 )
 def test_the_same_run_on_any_ranks(tmp_path, alone, ranks, options):
