@@ -28,6 +28,7 @@ import torch
 from benchmarks.bench_ops import OPTIONS_VAR
 from benchmarks.op_cases import CASES
 from benchmarks.report import Row, write_page
+from blipfast.ops._products import bf16_products
 
 HERE = Path(__file__).parent
 NAMES = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
@@ -124,8 +125,13 @@ def digest(parts: list[dict[str, Any]], device: str = "cpu") -> dict[str, Any]:
 
 def cpu_machine(info: dict[str, Any]) -> dict[str, str]:
     threads = f"{torch.get_num_threads()} threads"
-    name = info.get("cpu", {}).get("brand_raw", platform.processor())
-    return {"name": name, "details": f"{threads}, {torch.backends.cpu.get_cpu_capability()}"}
+    cpu = info.get("cpu", {})
+    name = cpu.get("brand_raw", platform.processor())
+    # In a cloud the name is often that of the maker alone.
+    name += f", family {cpu['family']} model {cpu['model']}" if "model" in cpu else ""
+    bf16 = {"amx": "AMX", "avx512": "AVX-512", None: "float32"}[bf16_products()]
+    isa = torch.backends.cpu.get_cpu_capability()
+    return {"name": name, "details": f"{threads}, {isa}, bf16 products by {bf16}"}
 
 
 def cuda_machine() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from blipfast.checkpoints import load_model
 from blipfast.data import BlipTokenizer, EvalTransform, load_image
@@ -20,7 +22,7 @@ from blipfast.serve.words import draw_map, word_maps
 from blipfast.train.config import described
 from blipfast.train.recipes import load_tokenizer, pick_device
 
-_MAX_WORDS, _MAX_TEXTS = 60, 32
+_MAX_WORDS, _MAX_TEXTS, _KEPT_IMAGES = 60, 32, 8
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Studio:
             if source is not None:
                 model = load_model(source, task, image_size=config.image_size, device=self.device)
                 self._loaded[task] = model.eval(), load_tokenizer(config.vocabulary, source)
+        self._encoded: dict[tuple[Any, ...], Tensor] = {}  # the newest last
         self.index: FolderIndex | None = None
         if config.folder is not None:
             self.index = FolderIndex.build(
@@ -83,12 +86,12 @@ class Studio:
     def captions(self, path: str | None, samples: int, seed: int) -> tuple[str, list[str]]:
         """The caption of beam search, and sampled ones."""
         model, tokenizer = self._loaded["caption"]
-        pixels = self._pixels(path, model)
         with self._lock:
-            (best,) = caption_images(model, tokenizer, pixels)
+            embeds = self._embeds(path, "caption")
+            (best,) = caption_images(model, tokenizer, image_embeds=embeds)
             sampled = caption_images(
-                model, tokenizer, pixels, method="nucleus", num_return_sequences=samples,
-                seed=seed, image_ids=[0],
+                model, tokenizer, image_embeds=embeds, method="nucleus",
+                num_return_sequences=samples, seed=seed, image_ids=[0],
             )  # fmt: skip
         return best, sampled
 
@@ -96,10 +99,11 @@ class Studio:
         """An answer in free form."""
         model, tokenizer = self._loaded["vqa"]
         text = _text(question, "a question")
-        pixels = self._pixels(path, model)
         batch = tokenizer([text], max_length=35, kind="question").to(self.device)
         with self._lock, torch.inference_mode():
-            found = model.generate(pixels, batch.input_ids, batch.attention_mask)
+            found = model.generate(
+                None, batch.input_ids, batch.attention_mask, image_embeds=self._embeds(path, "vqa")
+            )
         (answer,) = found.new_tokens(sep_token_id=tokenizer.sep_token_id)
         return tokenizer.decode(answer)
 
@@ -111,11 +115,10 @@ class Studio:
             raise DataError("write at least one text, a line each")
         if len(texts) > _MAX_TEXTS:
             raise DataError(f"{len(texts)} texts are more than the {_MAX_TEXTS} scored at a time")
-        pixels = self._pixels(path, model)
         batch = tokenizer(texts, max_length=35).to(self.device)
         packed = PackedText.from_padded(batch.input_ids, batch.attention_mask)
         with self._lock, torch.inference_mode():
-            embeds = model.encode_image(pixels)
+            embeds = self._embeds(path, "retrieval")
             logits = model.match(packed, model.image_states(embeds), [0] * len(texts)).float()
             cosines = (model.text_features(packed) @ model.image_features(embeds)[0]).float()
         rows = zip(texts, logits.softmax(-1)[:, 1].tolist(), cosines.tolist(), strict=True)
@@ -127,7 +130,7 @@ class Studio:
         text = _text(text, "a text")
         image = self._image(path)
         with self._lock:
-            maps = word_maps(model, tokenizer, image, text)
+            maps = word_maps(model, tokenizer, self._embeds(path, "retrieval", image), text)
         return [(draw_map(image, weights), word) for word, weights in maps]
 
     def search(self, text: str, count: int) -> list[Found]:
@@ -139,9 +142,23 @@ class Studio:
             (found,) = self.index.search(model, tokenizer, [_text(text, "a text")], count=count)
         return found
 
-    def _pixels(self, path: str | None, model: Any) -> torch.Tensor:
-        image = self._image(path)
-        return EvalTransform(model.config.vision.image_size)(image)[None].to(self.device)
+    def _embeds(self, path: str | None, task: str, image: Image.Image | None = None) -> Tensor:
+        """An image as a task's model encodes it, `(1, S, D)`; the last ones are kept, since one
+        asks several things about a picture. image: the file's, if it is there already."""
+        image = self._image(path) if image is None else image
+        facts = os.stat(str(path))
+        key = (task, str(path), facts.st_size, facts.st_mtime_ns)
+        embeds = self._encoded.pop(key, None)
+        if embeds is None:
+            model = self._loaded[task][0]
+            pixels = EvalTransform(model.config.vision.image_size)(image)[None].to(self.device)
+            # No inference tensor: a map of words takes a gradient through it.
+            with torch.inference_mode(False), torch.no_grad():
+                embeds = model.encode_image(pixels)
+        self._encoded[key] = embeds
+        while len(self._encoded) > _KEPT_IMAGES:
+            self._encoded.pop(next(iter(self._encoded)))
+        return embeds
 
     def _image(self, path: str | None) -> Image.Image:
         if not path:

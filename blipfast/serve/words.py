@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from PIL import Image
+from torch import Tensor
 
-from blipfast.data import BlipTokenizer, EvalTransform
+from blipfast.data import BlipTokenizer
 from blipfast.models.attention_maps import token_maps
 from blipfast.models.blip import PackedText
 from blipfast.tasks.retrieval import BlipForRetrieval
@@ -22,7 +22,7 @@ _COLOURS = np.array(
 def word_maps(
     model: BlipForRetrieval,
     tokenizer: BlipTokenizer,
-    image: Image.Image,
+    image_embeds: Tensor,
     text: str,
     *,
     layer: int | None = None,
@@ -30,15 +30,11 @@ def word_maps(
 ) -> list[tuple[str, np.ndarray]]:
     """Each word and its map `(grid, grid)`, the mean of its pieces'; special tokens are left out.
 
-    layer, by_gradient: see `token_maps`.
+    image_embeds: `(1, S, D)`. layer, by_gradient: see `token_maps`.
     """
-    device = next(model.parameters()).device
-    pixels = EvalTransform(model.config.vision.image_size)(image)[None].to(device)
-    batch = tokenizer([text], max_length=35).to(device)
+    batch = tokenizer([text], max_length=35).to(image_embeds.device)
     packed = PackedText.from_padded(batch.input_ids, batch.attention_mask)
-    with torch.no_grad():
-        embeds = model.encode_image(pixels)
-    maps = token_maps(model, embeds, packed, layer=layer, by_gradient=by_gradient).maps
+    maps = token_maps(model, image_embeds, packed, layer=layer, by_gradient=by_gradient).maps
     grid = round((maps.shape[1] - 1) ** 0.5)
     squares = maps[:, 1:].unflatten(1, (grid, grid)).float().cpu().numpy()
     words: list[tuple[str, list[np.ndarray]]] = []

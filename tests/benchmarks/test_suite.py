@@ -96,13 +96,13 @@ def entry(group: str, code: str, median: float) -> dict:
 def test_page_and_json(tmp_path: Path) -> None:
     raw = {
         "datetime": "2030-01-02T03:04:05",
-        "machine_info": {"cpu": {"brand_raw": "A CPU"}},
+        "machine_info": {"cpu": {"brand_raw": "A CPU", "family": 6, "model": 7}},
         "benchmarks": [entry("work", "blipfast", 0.5), entry("work", "transformers", 2.0)],
     }
     results = json.loads(json.dumps(digest([raw])))
     page = write_page(results, tmp_path / slug("A CPU")).read_text()
     assert "| work | transformers | 2.000 | 2.000 to 2.000 | 4.00 | pairs 64 |" in page
-    assert "A CPU" in page
+    assert "A CPU, family 6 model 7" in page
     assert torch.__version__ in page
     assert (tmp_path / "a-cpu.svg").read_text().count("4.0x") == 1
     newer = Row("work", "blipfast", 0.4, 0.4, 0.4, 3).to_dict()

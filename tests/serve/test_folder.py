@@ -149,7 +149,10 @@ def test_match_command_takes_folders(pictures, checkpoints, capsys) -> None:
 
 def test_word_maps(pictures, model, tokenizer) -> None:
     image = Image.open(pictures / "a.png")
-    maps = word_maps(model, tokenizer, image, "A dog, and an unaffable cat!")
+    pixels = EvalTransform(model.config.vision.image_size)(image.convert("RGB"))
+    with torch.no_grad():
+        embeds = model.encode_image(pixels[None])
+    maps = word_maps(model, tokenizer, embeds, "A dog, and an unaffable cat!")
     grid = model.config.vision.image_size // model.config.vision.patch_size
     assert [word for word, _ in maps] == ["a", "dog", ",", "and", "an", "unaffable", "cat"]
     assert all(weights.shape == (grid, grid) for _, weights in maps)
@@ -161,6 +164,32 @@ def test_word_maps(pictures, model, tokenizer) -> None:
     pixels = np.asarray(draw_map(Image.new("RGB", (40, 40)), weights, strength=1.0))
     assert pixels[1, 38].tolist() == [253, 231, 37]
     assert pixels[38, 1].tolist() == [68, 1, 84]
+
+
+def test_the_studio_encodes_an_image_once(pictures, checkpoints, tmp_path, monkeypatch) -> None:
+    """For all that one asks about it; a file that has changed is another image."""
+    studio = Studio(ServeConfig(**checkpoints, device="cpu"))
+    calls = []
+    for task in studio.tasks:
+        encode = studio._loaded[task][0].encode_image
+        count = lambda *a, encode=encode, task=task, **k: calls.append(task) or encode(*a, **k)  # noqa: E731
+        monkeypatch.setattr(studio._loaded[task][0], "encode_image", count)
+    path = tmp_path / "x.png"
+    Image.open(pictures / "a.png").save(path)
+    first = studio.scores(str(path), "a dog\na cat")
+    assert studio.words(str(path), "a dog")
+    assert studio.scores(str(path), "a dog\na cat") == first
+    assert calls == ["retrieval"]
+    studio.captions(str(path), 2, 0)
+    assert studio.answer(str(path), "is it a dog?") is not None
+    assert calls == ["retrieval", "caption", "vqa"]
+    Image.new("RGB", (40, 30), "red").save(path)
+    assert studio.scores(str(path), "a dog\na cat") != first
+    assert len(calls) == 4
+    for number in range(20):
+        Image.new("RGB", (40, 30 + number)).save(tmp_path / f"{number}.png")
+        studio.scores(str(tmp_path / f"{number}.png"), "a dog")
+    assert len(studio._encoded) == 8
 
 
 def test_the_studio_says_what_is_wrong(pictures, checkpoints, tmp_path) -> None:
