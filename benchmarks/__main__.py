@@ -1,6 +1,6 @@
 """Times every code beside its baseline, and writes JSON and a page of plots.
 
-python -m benchmarks                          # everything, about ten minutes on two CPU cores
+python -m benchmarks                          # everything, about half an hour on two CPU cores
 python -m benchmarks --only rerank caption    # some of it
 python -m benchmarks --out results            # elsewhere than benchmarks/results
 python -m benchmarks --op all --device cuda --dtype bf16      # every operator on a GPU

@@ -50,9 +50,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_op(benchmark: Any, op: str, index: int, code: str) -> None:
     case = cases(op)[index]
-    run = case.run(code)
-    if code not in case.baselines:
-        assert_same(case, run(), case.run(case.baselines[0])(), SETTING.dtype)
+    run = case.code(code)
+    if code != case.baseline:
+        assert_same(case, run(), case.run(case.baseline)(), SETTING.dtype)
 
     def timed() -> None:
         run()

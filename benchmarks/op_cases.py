@@ -7,7 +7,7 @@ moved and computed, whatever the code: `bytes` counts each input and output once
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import competitors
 from benchmarks.workloads import caption_lengths
 from blipfast.ops import (
     CrossPlan,
@@ -35,17 +36,21 @@ BASELINE = "eager"  # the formula in plain PyTorch, as one would write it
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one size. run(code) is a `Run`, for a backend's name or a baseline's.
+    """One operator at one size. run(code) is a `Run`, for a backend's name or the baseline's.
 
-    exact: outputs are compared; of random draws only the shapes are.
+    exact: outputs are compared; of random draws only the shapes are. others: competitors that run.
     """
 
     name: str
     run: Callable[[str], Run]
     bytes: float
     flops: float
-    baselines: tuple[str, ...] = (BASELINE,)
+    baseline: str = BASELINE
     exact: bool = True
+    others: Mapping[str, Run] = field(default_factory=dict)
+
+    def code(self, name: str) -> Run:
+        return self.others[name] if name in self.others else self.run(name)
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,12 @@ def differentiated(
     return run
 
 
+def all_differentiated(
+    outputs: Mapping[str, Callable[[], Tensor]], leaves: tuple[Tensor, ...], weights: Tensor
+) -> dict[str, Run]:
+    return {code: differentiated(run, leaves, weights) for code, run in outputs.items()}
+
+
 def cross_attention_cases(s: Setting) -> list[Case]:
     """MED's texts over image K/V: re-ranking, a pre-training batch, beams over a large image."""
     sizes = [
@@ -110,14 +121,19 @@ def _cross_case(
         out = F.scaled_dot_product_attention(grid, k[where], v[where])
         return packing.unpad(out.transpose(1, 2))
 
+    leaves = (q, k, v)
+
     def run(code: str) -> Run:
         if code == BASELINE:
-            return differentiated(padded_sdpa, (q, k, v), weights)
-        return differentiated(lambda: cross_attention(q, k, v, plan, impl=code), (q, k, v), weights)
+            return differentiated(padded_sdpa, leaves, weights)
+        return differentiated(lambda: cross_attention(q, k, v, plan, impl=code), leaves, weights)
+
+    others = all_differentiated(competitors.compiled(padded_sdpa, s.small), leaves, weights)
 
     # Forward reads q, k, v and writes out; backward reads them with out and its gradient again.
     moved = s.element * (7 * q.numel() + 6 * k.numel())
-    return Case(f"cross_attention, {label}", run, moved, 14.0 * q.numel() * keys)
+    name, flops = f"cross_attention, {label}", 14.0 * q.numel() * keys
+    return Case(name, run, moved, flops, others=others)
 
 
 def varlen_attention_cases(s: Setting) -> list[Case]:
@@ -177,10 +193,14 @@ def _contrastive_case(s: Setting, kind: str, rows: int, keys: int, width: int) -
 
         return differentiated(ours, leaves, weights)
 
+    rivals = competitors.compiled(eager, s.small)
+    if kind == "in-batch":
+        rivals |= competitors.in_batch_contrast(query, key, temperature)
+    others = all_differentiated(rivals, leaves, weights)
     passes = (2 if teacher is None else 4) + (4 if key.requires_grad else 0)
     moved = s.element * (key.numel() * (3 if key.requires_grad else 1) + 3 * query.numel())
     name = f"contrastive_softmax, {kind}, {rows} x {keys} x {width}"
-    return Case(name, run, moved, 2.0 * passes * rows * keys * width)
+    return Case(name, run, moved, 2.0 * passes * rows * keys * width, others=others)
 
 
 def hard_negatives_cases(s: Setting) -> list[Case]:
@@ -204,38 +224,50 @@ def _negatives_case(s: Setting, rows: int, keys: int, width: int) -> Case:
 
     moved = s.element * (query.numel() + key.numel()) + 8 * rows
     name = f"sample_hard_negatives, {rows} x {keys} x {width}"
-    return Case(name, run, moved, 2.0 * rows * keys * width, ("loop",), exact=False)
+    return Case(name, run, moved, 2.0 * rows * keys * width, "loop", exact=False)
 
 
 def linear_cross_entropy_cases(s: Setting) -> list[Case]:
+    """BLIP's head over the tokens of a batch of 8 and of 90; and without bias and smoothing."""
     sizes = [(9, 300, 32)] if s.small else [(98, 30_524, 768), (1_125, 30_524, 768)]
-    return [_linear_ce_case(s, *size) for size in sizes]
+    return [_linear_ce_case(s, *size) for size in sizes] + [
+        _linear_ce_case(s, *sizes[-1], smoothing=0.0, biased=False)
+    ]
 
 
-def _linear_ce_case(s: Setting, tokens: int, vocab: int, width: int) -> Case:
+def _linear_ce_case(
+    s: Setting, tokens: int, vocab: int, width: int, smoothing: float = 0.1, biased: bool = True
+) -> Case:
     hidden, weight = s.randn(tokens, width, grad=True), s.randn(vocab, width)
     weight = weight.mul_(0.02).requires_grad_()
     bias = torch.zeros(vocab, device=s.device, dtype=s.dtype, requires_grad=True)
+    leaves: tuple[Tensor, ...] = (hidden, weight) + ((bias,) if biased else ())
+    offset = bias if biased else None
     labels = torch.arange(tokens, device=s.device) * 7 % vocab
     one = torch.ones((), device=s.device)
 
     def eager() -> Tensor:
-        return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, label_smoothing=0.1)
+        logits = F.linear(hidden, weight, offset).float()
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
     def run(code: str) -> Run:
         if code == BASELINE:
-            return differentiated(eager, (hidden, weight, bias), one)
+            return differentiated(eager, leaves, one)
 
         def ours() -> Tensor:
             return linear_cross_entropy(
-                hidden, weight, bias, labels, label_smoothing=0.1, impl=code
+                hidden, weight, offset, labels, label_smoothing=smoothing, impl=code
             )
 
-        return differentiated(ours, (hidden, weight, bias), one)
+        return differentiated(ours, leaves, one)
 
+    rivals = competitors.compiled(eager, s.small)
+    rivals |= competitors.linear_cross_entropy(hidden, weight, offset, labels, smoothing)
+    others = all_differentiated(rivals, leaves, one)
     moved = s.element * (3 * weight.numel() + 3 * hidden.numel())
-    name = f"linear_cross_entropy, {tokens} x {vocab} x {width}"
-    return Case(name, run, moved, 6.0 * tokens * vocab * width)
+    plain = "" if biased else ", plain"
+    name = f"linear_cross_entropy{plain}, {tokens} x {vocab} x {width}"
+    return Case(name, run, moved, 6.0 * tokens * vocab * width, others=others)
 
 
 def momentum_cases(s: Setting) -> list[Case]:
@@ -260,7 +292,7 @@ def momentum_cases(s: Setting) -> list[Case]:
 
     count = sum(x.numel() for x in sources)
     name = f"momentum_update_, {count / 1e6:.0f} M parameters"
-    return [Case(name, run, 3.0 * s.element * count, 3.0 * count, ("loop",), exact=False)]
+    return [Case(name, run, 3.0 * s.element * count, 3.0 * count, "loop", exact=False)]
 
 
 CASES: dict[str, Callable[[Setting], list[Case]]] = {
@@ -274,15 +306,16 @@ CASES: dict[str, Callable[[Setting], list[Case]]] = {
 
 
 def codes_of(op: str, case: Case, probe: Tensor, wanted: str) -> list[str]:
-    """The backends of an operator that can run on `probe`, and the case's baselines.
+    """The backends of an operator that can run on `probe`, competitors, and the case's baseline.
 
-    wanted: "all", or names separated by commas, baselines being kept in any case.
+    wanted: "all", or names separated by commas, the baseline being kept in any case.
     """
     table = tables()[op]
     able = [name for name in table.names if name != "reference" and table.can_run(name, probe)]
+    able += case.others
     if wanted != "all":
         able = [name for name in able if name in wanted.split(",")]
-    return [*able, *case.baselines]
+    return [*able, case.baseline]
 
 
 def assert_same(

@@ -91,13 +91,15 @@ def _empty_dali(module: str) -> str | None:
     return "this package holds a warning only; install nvidia-dali-cuda130 (blipfast[dali])"
 
 
+_RIVAL = "what the benchmarks compare with"
 OPTIONAL: tuple[Package, ...] = (
     Package("flash-attn", "flash_attn", "2.7", "packed self-attention on CUDA", "gpu"),
     Package("xformers", "xformers", "0.0.30", "memory-efficient attention on CUDA", "gpu"),
     Package("apex", "apex", "0.1", "fused LayerNorm and optimisers on CUDA", None, _wrong_apex),
     Package("kernels", "kernels", "0.10", "attention kernels that transformers can load"),
-    Package("liger-kernel", "liger_kernel", "0.5", "a competitor in the benchmarks"),
-    Package("cut-cross-entropy", "cut_cross_entropy", "25.1", "a competitor in the benchmarks"),
+    Package("liger-kernel", "liger_kernel", "0.8", _RIVAL, "competitors"),
+    Package("cut-cross-entropy", "cut_cross_entropy", "25.1", _RIVAL, "competitors"),
+    Package("inf-cl", "inf_cl", "1.2", f"{_RIVAL} on CUDA"),
     Package("nvidia-dali-cuda130", "nvidia.dali", "2.0", "decoding on CPU and GPU", "dali"),
     Package("nvidia-dali", "nvidia.dali", "2.0", "decoding on CPU and GPU", None, _empty_dali),
     Package("tensorboard", "tensorboard", "2.15", "figures of a training run", "tensorboard"),

@@ -1,0 +1,59 @@
+"""Other code for the same job, where it is installed and runs: torch.compile, Liger-Kernel,
+cut-cross-entropy, inf-cl.
+
+Each function gives what can run in a setting, by name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Loss = Callable[[], Tensor]
+
+
+def compiled(run: Loss, small: bool) -> dict[str, Loss]:
+    """A baseline through torch.compile; not at the interpreter's sizes, where compiling is all."""
+    if small:
+        return {}
+    run()  # what is cached at a first call need not be traced
+    return {"compiled": torch.compile(run, dynamic=False)}
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float
+) -> dict[str, Loss]:
+    found: dict[str, Loss] = {}
+    if find_spec("liger_kernel") and _runs_triton(hidden):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger: Any = LigerFusedLinearCrossEntropyLoss(label_smoothing=smoothing)
+        found["liger-kernel"] = lambda: liger(weight, hidden, labels, bias)
+    if find_spec("cut_cross_entropy") and bias is None and smoothing == 0.0:
+        from cut_cross_entropy import linear_cross_entropy as cut
+
+        # Its own kernel is for GPUs; elsewhere it brings the formula, compiled.
+        impl = "cce" if hidden.is_cuda else "torch_compile"
+        found["cut-cross-entropy"] = lambda: cut(hidden, weight, labels, impl=impl)
+    return found
+
+
+def in_batch_contrast(query: Tensor, key: Tensor, temperature: Tensor) -> dict[str, Loss]:
+    """Losses by row of CLIP's softmax in one direction. inf-cl takes tensors on a GPU alone."""
+    if not find_spec("inf_cl") or not query.is_cuda:
+        return {}
+    from inf_cl import cal_flash_loss
+
+    width = query.shape[1]
+    return {
+        "inf-cl": lambda: cal_flash_loss(query, key, scale=1 / temperature, head_dim=width),
+    }
+
+
+def _runs_triton(tensor: Tensor) -> bool:
+    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
