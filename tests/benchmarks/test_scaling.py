@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import subprocess
@@ -33,6 +34,7 @@ def worker(folder: str, rank: int) -> None:
 
         return counted
 
+    faulthandler.dump_traceback_later(120, exit=True)  # a process that hangs says where
     torch.set_num_threads(1)
     meet = f"file://{folder}/meet"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=RANKS)
