@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipfast.ops import _native
-from blipfast.ops._products import by_onednn, onednn_is_faster
+from blipfast.ops._products import bf16_products, by_onednn, onednn_is_faster
 
 _FEW_ROWS, _BLOCK = 64, 64  # measured on two cores with AMX
 
@@ -16,7 +16,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = Fal
     """`F.linear`, and GELU over it, without gradients: `x (..., in)` to `(..., out)`.
 
     On a CPU up to 64 rows go where the weight is read as it lies; `F.linear` repacks it at each
-    call. That is the C++ operator where `reads_in_place`, else oneDNN with the weight as left
+    call. That is the C++ operator where `reads_in_place`; without it oneDNN with the weight as left
     operand, or in float32 MKL with a batch of small products.
     """
     if reads_few_rows_in_place(x, weight):
@@ -30,6 +30,8 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = Fal
     rows = x.flatten(0, -2)
     if weight.element_size() >= 4:
         out = _by_blocks(rows, weight, bias)
+    elif bf16_products() == "avx512":  # oneDNN's own order is the faster there
+        out = F.linear(rows, weight, bias)
     else:
         out = rows.new_empty(rows.shape[0], weight.shape[0])
         torch.add(torch.mm(weight, rows.t()).t(), bias, out=out)

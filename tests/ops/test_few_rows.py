@@ -22,7 +22,7 @@ def _rounding(dtype: torch.dtype) -> float:
 
 
 @pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("amx", ["0", "1"])
+@pytest.mark.parametrize("amx", ["0", "1", "no operators"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("outputs", [192, 452, 40])  # whole blocks, a remainder, less than one
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (4, 3), (5, 4), (49, 1), (64, 1), (13, 5)])
@@ -37,6 +37,9 @@ def test_few_rows_linear(
 ) -> None:
     """Of one row, of few and of many: as exact as PyTorch's in the same dtype."""
     monkeypatch.setenv(_native.AMX_ENV_VAR, amx)
+    if amx == "no operators":  # as where there was no compiler
+        monkeypatch.setattr(_native, "amx", lambda: False)
+        monkeypatch.setattr(_native, "avx512_bf16", lambda: False)
     torch.manual_seed(0)
     x = torch.randn(*shape, 96).to(dtype)
     weight, bias = torch.randn(outputs, 96).to(dtype), torch.randn(outputs).to(dtype)
