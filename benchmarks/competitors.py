@@ -6,13 +6,14 @@ Each function gives what can run in a setting, by name.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from blipfast.ops import _triton
 
 Loss = Callable[[], Tensor]
 
@@ -21,7 +22,6 @@ def compiled(run: Loss, small: bool) -> dict[str, Loss]:
     """A baseline through torch.compile; not at the interpreter's sizes, where compiling is all."""
     if small:
         return {}
-    run()  # what is cached at a first call need not be traced
     return {"compiled": torch.compile(run, dynamic=False)}
 
 
@@ -56,4 +56,4 @@ def in_batch_contrast(query: Tensor, key: Tensor, temperature: Tensor) -> dict[s
 
 
 def _runs_triton(tensor: Tensor) -> bool:
-    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return _triton.why_not(tensor) is None or _triton.why_not_interpreter(tensor) is None

@@ -107,7 +107,7 @@ def cross_attention_cases(s: Setting) -> list[Case]:
 def _cross_case(
     s: Setting, label: str, texts: int, images: int, keys: int, heads: int, dim: int
 ) -> Case:
-    packing = Packing.from_lengths(caption_lengths(texts), s.device)
+    packing = Packing.from_lengths(caption_lengths(texts), s.device).prepare()
     index = [i * images // texts for i in range(texts)]
     plan = CrossPlan.build(packing, index, images)
     q = s.randn(packing.total, heads, dim, grad=True)

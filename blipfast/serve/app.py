@@ -145,12 +145,11 @@ class Studio:
     def _embeds(self, path: str | None, task: str, image: Image.Image | None = None) -> Tensor:
         """An image as a task's model encodes it, `(1, S, D)`; the last ones are kept, since one
         asks several things about a picture. image: the file's, if it is there already."""
-        image = self._image(path) if image is None else image
-        facts = os.stat(str(path))
-        key = (task, str(path), facts.st_size, facts.st_mtime_ns)
+        key = (task, path, _version(path))
         embeds = self._encoded.pop(key, None)
         if embeds is None:
             model = self._loaded[task][0]
+            image = self._image(path) if image is None else image
             pixels = EvalTransform(model.config.vision.image_size)(image)[None].to(self.device)
             # No inference tensor: a map of words takes a gradient through it.
             with torch.inference_mode(False), torch.no_grad():
@@ -166,6 +165,14 @@ class Studio:
         return load_image(
             path, "the image", max_pixels=self.config.max_pixels, apply_orientation=True
         )
+
+
+def _version(path: str | None) -> tuple[int, int] | None:
+    """What changes when a file does; None where there is none."""
+    if not path or not os.path.exists(path):
+        return None
+    facts = os.stat(path)
+    return facts.st_size, facts.st_mtime_ns
 
 
 def _text(text: str, what: str) -> str:

@@ -18,8 +18,8 @@ BLIPFAST_AVX512_BF16 inline __m512 multiply_add(__m512 sum, const uint32_t* rows
   return _mm512_fmadd_ps(_mm512_loadu_ps(rows), _mm512_set1_ps(*weight), sum);
 }
 
-// Sums of kOutputs outputs (weight's lines) for all groups of rows, whose lines of sums are 256
-// apart. Each step fetches what comes next in memory: the lines of the outputs that follow.
+// Sums of kOutputs outputs (weight's lines) for all groups of rows, a tile of sums after the other.
+// Each step fetches what comes next in memory: the lines of the outputs that follow.
 template <class T, int kGroups, int kOutputs>
 BLIPFAST_AVX512_BF16 void sums_of(const FewRows<T>& layer, const T* weight, float* sums) {
   constexpr int64_t kPerUnit = FewRows<T>::kPerUnit;
@@ -43,7 +43,9 @@ BLIPFAST_AVX512_BF16 void sums_of(const FewRows<T>& layer, const T* weight, floa
     rows += kGroups * kFewRowsTile;
   }
   for (int j = 0; j < kOutputs; ++j) {
-    for (int g = 0; g < kGroups; ++g) _mm512_store_ps(sums + g * 256 + j * 16, total[j][g]);
+    for (int g = 0; g < kGroups; ++g) {
+      _mm512_store_ps(sums + (g * kFewRowsTile + j) * kFewRowsTile, total[j][g]);
+    }
   }
 }
 

@@ -132,8 +132,8 @@ constexpr int64_t kStrip = 2 * kColumns;      // a line of x
 
 // Rows [row, row + kRows) of kColumns columns of x, from `first`, into lines of out; adds to total.
 BLIPFAST_AVX512 inline void transpose_block(const uint16_t* x, int64_t rows, int64_t columns,
-                                         int64_t row, int64_t first, uint16_t* out,
-                                         __m512& total) {
+                                            int64_t row, int64_t first, uint16_t* out,
+                                            __m512& total) {
   const int64_t width = std::min(kColumns, columns - first);
   const auto valid = static_cast<__mmask16>((1u << width) - 1);
   __m512i v[16];
@@ -158,8 +158,8 @@ BLIPFAST_AVX512 inline void transpose_block(const uint16_t* x, int64_t rows, int
 }
 
 // Columns [first, first + kStrip) of x (rows, columns) into as many lines of out, and their sums.
-BLIPFAST_AVX512 void transpose_strip(const uint16_t* x, int64_t rows, int64_t columns, int64_t first,
-                                  uint16_t* out, uint16_t* sums) {
+BLIPFAST_AVX512 void transpose_strip(const uint16_t* x, int64_t rows, int64_t columns,
+                                     int64_t first, uint16_t* out, uint16_t* sums) {
   __m512 totals[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   const bool both = first + kColumns < columns;
   for (int64_t row = 0; row < rows; row += kRows) {

@@ -12,7 +12,8 @@ from blipfast.ops.few_rows import few_rows_linear, few_rows_linears, reads_few_r
 
 needs_operator = pytest.mark.skipif(
     not (_native.amx() or _native.avx512_bf16()),
-    reason=f"no C++ operator for few rows on this processor ({_native.status()})",
+    reason="needs the C++ operators (make native) and a processor with AMX or AVX-512 for bf16; "
+    f"here: {_native.status()}",
 )
 
 
