@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from torch import Tensor
 from blipfast.ops import _triton
 
 Loss = Callable[[], Tensor]
+T = TypeVar("T")
 
 
-def compiled(run: Loss, small: bool) -> dict[str, Loss]:
+def compiled(run: Callable[[], T], small: bool) -> dict[str, Callable[[], T]]:
     """A baseline through torch.compile; not at the interpreter's sizes, where compiling is all."""
     if small:
         return {}

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from blipfast.ops import _native
+
 _aten = torch.ops.aten
 
 
@@ -25,11 +27,16 @@ def _linear(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
 
 
 # The counter does not know what is the CPU's alone.
-_CPU = {
+_CPU: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
     torch.ops.mkldnn._linear_pointwise: _linear,
 }
+
+
+if _native.why_not() is None:
+    _CPU[torch.ops.blipfast_native.attention_out] = _sdpa
+    _CPU[torch.ops.blipfast_native.attention_backward_out] = _sdpa_backward
 
 
 def count_flops(fn: Callable[[], object]) -> int:

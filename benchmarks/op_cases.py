@@ -22,6 +22,7 @@ from blipfast.ops import (
     Packing,
     contrastive_softmax,
     cross_attention,
+    dense_self_attention,
     hard_negative_weights,
     linear_cross_entropy,
     momentum_update_,
@@ -154,7 +155,34 @@ def varlen_attention_cases(s: Setting) -> list[Case]:
 
     pairs = sum(n * n for n in packing.lengths)
     name = f"varlen_attention forward, {texts} texts"
-    return [Case(name, run, s.element * qkv.numel() * 4 / 3, 4.0 * pairs * heads * dim)]
+    moved, flops = s.element * qkv.numel() * 4 / 3, 4.0 * pairs * heads * dim
+    return [Case(name, run, moved, flops, others=competitors.compiled(padded_sdpa, s.small))]
+
+
+def dense_attention_cases(s: Setting) -> list[Case]:
+    """The image encoder's attention, at 224 and at 384 px."""
+    sizes = [(2, 19, 2, 32)] if s.small else [(8, 197, 12, 64), (4, 577, 12, 64)]
+    return [_dense_case(s, *size) for size in sizes]
+
+
+def _dense_case(s: Setting, images: int, tokens: int, heads: int, dim: int) -> Case:
+    qkv = s.randn(images, tokens, 3, heads, dim, grad=True)
+    weights = s.randn(images, tokens, heads, dim)
+
+    def sdpa() -> Tensor:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    def run(code: str) -> Run:
+        if code == BASELINE:
+            return differentiated(sdpa, (qkv,), weights)
+        return differentiated(lambda: dense_self_attention(qkv, impl=code), (qkv,), weights)
+
+    others = all_differentiated(competitors.compiled(sdpa, s.small), (qkv,), weights)
+    # Forward reads qkv and writes out; backward reads both with out's gradient, and writes qkv's.
+    moved, pairs = s.element * qkv.numel() * 11 / 3, images * heads * tokens**2
+    name = f"dense_attention, {images} images, {tokens} tokens"
+    return Case(name, run, moved, 14.0 * pairs * dim, others=others)
 
 
 def contrastive_cases(s: Setting) -> list[Case]:
@@ -298,6 +326,7 @@ def momentum_cases(s: Setting) -> list[Case]:
 CASES: dict[str, Callable[[Setting], list[Case]]] = {
     "contrastive_softmax": contrastive_cases,
     "cross_attention": cross_attention_cases,
+    "dense_attention": dense_attention_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
     "momentum_update_": momentum_cases,
     "sample_hard_negatives": hard_negatives_cases,

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blipfast.errors import ShapeError
 from blipfast.models.config import VisionConfig
-from blipfast.ops.dense import dense_attention
+from blipfast.ops.dense import dense_attention, dense_self_attention
 from blipfast.ops.linear_layers import Linear, feed_forward, linear
 
 
@@ -28,8 +28,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, S, D)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, S, head_dim) each
-        return self.proj(dense_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(dense_self_attention(qkv).flatten(2))
 
     def first_token(self, x: Tensor) -> Tensor:
         """`(B, S, D)` to the output of the first token alone, `(B, 1, D)`."""

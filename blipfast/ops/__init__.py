@@ -21,6 +21,7 @@ _LAZY = {
     "contrastive_softmax": "contrastive",
     "contrastive_softmax_reference": "contrastive",
     "dense_attention": "dense",
+    "dense_self_attention": "dense",
     "hard_negative_weights": "hard_negatives",
     "sample_hard_negatives": "hard_negatives",
     "sample_hard_negatives_reference": "hard_negatives",

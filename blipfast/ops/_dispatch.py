@@ -27,6 +27,7 @@ ENV_VAR = "BLIPFAST_BACKEND"
 _OPERATORS = (
     "attention",
     "contrastive",
+    "dense",
     "hard_negatives",
     "linear_ce",
     "linear_layers",

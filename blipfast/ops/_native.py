@@ -32,7 +32,7 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} does not load beside torch {torch.__version__}: {error}"
-    if not hasattr(torch.ops.blipfast_native, "avx512_bf16"):
+    if not hasattr(torch.ops.blipfast_native, "attention_out"):
         return f"{LIBRARY.name} is of another version of blipfast; build it again (make native)"
     _register_fakes()
     return None
@@ -81,6 +81,17 @@ def amx() -> bool:
 @functools.cache
 def _has_amx() -> bool:
     return _load() is None and bool(torch.ops.blipfast_native.amx_bf16())
+
+
+@torch.compiler.assume_constant_result
+def avx512() -> bool:
+    """Whether the operators are there, and AVX-512."""
+    return _has_avx512()
+
+
+@functools.cache
+def _has_avx512() -> bool:
+    return _load() is None and int(torch.ops.blipfast_native.isa_level()) == 4
 
 
 @torch.compiler.assume_constant_result

@@ -19,7 +19,7 @@ from torch import Tensor
 from blipfast.errors import ShapeError
 from blipfast.ops import _native, _triton, _varlen_libraries
 from blipfast.ops._dispatch import Backends
-from blipfast.ops.dense import dense_attention
+from blipfast.ops.dense import dense_attention, dense_self_attention
 from blipfast.ops.packing import Packing, gather_rows, lazy, scatter_rows
 
 varlen_backends = Backends("varlen_attention")
@@ -76,11 +76,11 @@ for _name, (_attend, _why_not) in _varlen_libraries.FIRST.items():
 @varlen_backends.register("torch")
 def _varlen_torch(qkv: Tensor, packing: Packing, causal: bool, dropout_p: float) -> Tensor:
     """Pads to the longest sequence for SDPA: texts are short, and the linear layers stay packed."""
-    q, k, v = packing.pad(qkv).permute(2, 0, 3, 1, 4)  # (N, H, L, head_dim) each
     # Under a causal mask no token sees the padding that follows it.
-    mask = None if causal or packing.uniform else packing.mask[:, None, None, :]
-    out = dense_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal)
-    return packing.unpad(out.transpose(1, 2))
+    lengths = None if causal or packing.uniform else packing.lengths_tensor
+    padded = packing.pad(qkv)
+    out = dense_self_attention(padded, key_lengths=lengths, dropout_p=dropout_p, is_causal=causal)
+    return packing.unpad(out)
 
 
 @varlen_backends.register("reference")
@@ -254,15 +254,14 @@ def _cross_torch(q: Tensor, k: Tensor, v: Tensor, plan: CrossPlan, dropout_p: fl
         return _cross_by_set(q, k, v, plan, dropout_p)
     grid = q if plan.slots is None else scatter_rows(q, plan.slots, padded_rows)
     grid = grid.reshape(plan.num_kv, grouped.max_seqlen, *q.shape[1:]).transpose(1, 2)
-    mask = plan.mask_for(k.shape[2])
-    out = dense_attention(grid, k, v, attn_mask=mask, dropout_p=dropout_p)
+    out = dense_attention(grid, k, v, key_lengths=plan.kv_lengths, dropout_p=dropout_p)
     rows = out.transpose(1, 2).flatten(0, 1)
     return rows if plan.slots is None else gather_rows(rows, plan.slots)
 
 
 def _cross_by_set(q: Tensor, k: Tensor, v: Tensor, plan: CrossPlan, dropout_p: float) -> Tensor:
     ordered = q if plan.order is None else gather_rows(q, plan.order)
-    mask = plan.mask_for(k.shape[2])
+    lengths = plan.kv_lengths
     outputs = []
     for i, rows in enumerate(ordered.split(list(plan.grouped.lengths))):
         if rows.shape[0]:
@@ -270,7 +269,7 @@ def _cross_by_set(q: Tensor, k: Tensor, v: Tensor, plan: CrossPlan, dropout_p: f
                 rows.transpose(0, 1)[None],
                 k[i : i + 1],
                 v[i : i + 1],
-                attn_mask=None if mask is None else mask[i : i + 1],
+                key_lengths=None if lengths is None else lengths[i : i + 1],
                 dropout_p=dropout_p,
             )
             outputs.append(out[0].transpose(0, 1))

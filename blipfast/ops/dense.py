@@ -1,84 +1,229 @@
 """Scaled dot product attention over dense `(B, H, L, head_dim)` tensors, where each CPU is fast.
 
-PyTorch's own is used but on a CPU in bf16 and fp16, where it takes several times as long as the
-matrix products it consists of (torch 2.13, BLIP's shapes): its backward everywhere, its forward on
-processors that multiply bf16 without AMX. There bf16 is computed from the formula, whose
-probabilities are kept for the backward. Training without such products is in float32.
+On a CPU with AVX-512 it is one C++ operator in each direction, which has the scores of eight
+queries at a time and keeps none (`kernels/csrc/attention_*.cpp`). Elsewhere it is PyTorch's, but
+for training in bf16 and fp16 on a CPU, whose backward takes several times as long there as the
+matrix products it consists of (torch 2.13, BLIP's shapes): bf16 is computed from the formula where
+the processor has products of it, the rest in float32.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from blipfast.errors import ShapeError
 from blipfast.ops import _native
+from blipfast.ops._dispatch import Backends
 from blipfast.ops._products import bf16_products
 from blipfast.ops.seeded_dropout import dropout
+
+backends = Backends("dense_attention")
 
 
 def dense_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    attn_mask: Tensor | None = None,
+    *,
+    key_lengths: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    impl: str = "auto",
 ) -> Tensor:
-    """`softmax(q k^T / sqrt(head_dim)) v`.
+    """`softmax(q k^T / sqrt(head_dim)) v`, to be differentiated once.
 
     q: `(B, H, L, head_dim)`; k, v: `(B, H, S, head_dim)`, any float dtype. Returns q's shape.
-    attn_mask: bool, True for a key to look at, broadcastable to `(B, H, L, S)`; a row without any
-    gives 0. is_causal: queries see keys up to their own place; not together with attn_mask.
+    key_lengths: `(B,)` int64, how many keys of each entry are no padding; an entry without any
+    gives 0. is_causal: queries see keys up to their own place. dropout_p: of the weights, always
+    applied.
+    Raises ShapeError when shapes or dtypes disagree.
     """
-    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    low = q.dtype in (torch.bfloat16, torch.float16)
-    on_cpu = q.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and wants_grad and dropout_p > 0.0 and _native.why_not(q) is None:
-        with torch.autocast("cpu", enabled=False):
-            return _from_formula(q, k, v, attn_mask, dropout_p, is_causal)
-    plain = attn_mask is None and not is_causal and dropout_p == 0.0
-    by_images = plain and q.dtype == torch.bfloat16 and q.shape[2] >= _MANY_QUERIES
-    if on_cpu and by_images and not wants_grad and bf16_products() == "avx512":
-        with torch.autocast("cpu", enabled=False):
-            return _by_images(q, k, v)
-    if not on_cpu or not low or not wants_grad:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal)
-    with torch.autocast("cpu", enabled=False):
-        if q.dtype == torch.bfloat16 and bf16_products() is not None:
-            return _from_formula(q, k, v, attn_mask, dropout_p, is_causal)
-        out = F.scaled_dot_product_attention(
-            q.float(), k.float(), v.float(), attn_mask, dropout_p, is_causal
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ShapeError(
+            "q must be (B, H, L, head_dim), k and v (B, H, S, head_dim), got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    return out.to(q.dtype)
+    if (*k.shape[:2], k.shape[3]) != (*q.shape[:2], q.shape[3]):
+        raise ShapeError(f"q is {tuple(q.shape)}, but k {tuple(k.shape)}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ShapeError(f"q is {q.dtype}, but k {k.dtype} and v {v.dtype}")
+    if key_lengths is not None and key_lengths.shape != q.shape[:1]:
+        raise ShapeError(f"key_lengths must be ({q.shape[0]},), got {tuple(key_lengths.shape)}")
+    if torch.compiler.is_compiling():
+        return _sdpa(q, k, v, key_lengths, dropout_p, is_causal)
+    return backends(q, impl)(q, k, v, key_lengths, dropout_p, is_causal)
+
+
+def dense_self_attention(
+    qkv: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """`dense_attention` of one projection: `qkv (B, L, 3, H, D)` to `(B, L, H, D)`.
+
+    Its gradient is one tensor too, never put together from those of q, k and v.
+    Raises ShapeError when the shape is another.
+    """
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ShapeError(f"qkv must be (B, L, 3, H, head_dim), got {tuple(qkv.shape)}")
+    options = {"key_lengths": key_lengths, "dropout_p": dropout_p, "is_causal": is_causal}
+    heads = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, L, head_dim)
+    if torch.compiler.is_compiling() or backends.choose(heads[0], impl)[0] != "native":
+        return dense_attention(*heads, **options, impl=impl).transpose(1, 2)  # type: ignore[arg-type]
+    return _SelfAttention.apply(qkv, key_lengths, dropout_p, is_causal)
+
+
+def _why_not_native(q: Tensor) -> str | None:
+    reason = _native.why_not(q)
+    if reason is not None:
+        return reason
+    if not (_native.avx512_bf16() if q.dtype == torch.bfloat16 else _native.avx512()):
+        return f"the processor lacks AVX-512 for {q.dtype}"
+    if q.dim() == 4 and (q.shape[3] == 0 or q.shape[3] % 32):
+        return f"it takes heads of 32, 64, 96 … dimensions, not {q.shape[3]}"
+    return None
+
+
+def _slower_native(q: Tensor) -> str | None:
+    if q.dtype == torch.bfloat16 and bf16_products() == "amx":
+        return "AMX multiplies whole matrices of bf16 faster"
+    if q.dim() == 4 and q.shape[0] * q.shape[1] < torch.get_num_threads():
+        return "a thread takes a head, and there are more threads than heads"
+    return None
+
+
+@backends.register("native", _why_not_native, _slower_native)
+def _dense_native(
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, dropout_p: float, is_causal: bool
+) -> Tensor:
+    return _Attention.apply(q, k, v, key_lengths, dropout_p, is_causal)
+
+
+@backends.register("torch")
+def _dense_torch(
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, dropout_p: float, is_causal: bool
+) -> Tensor:
+    low = q.dtype in (torch.bfloat16, torch.float16)
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    options = (key_lengths, dropout_p, is_causal)
+    if not q.is_cpu or not wants_grad:
+        return _sdpa(q, k, v, *options)
+    with torch.autocast("cpu", enabled=False):
+        by_products = q.dtype == torch.bfloat16 and bf16_products() is not None
+        if by_products or (dropout_p > 0.0 and _native.why_not(q) is None):
+            return _from_formula(q, k, v, *options)
+        if low:
+            return _sdpa(q.float(), k.float(), v.float(), *options).to(q.dtype)
+        return _sdpa(q, k, v, *options)
+
+
+def _seen(q: Tensor, k: Tensor, key_lengths: Tensor | None, is_causal: bool) -> Tensor | None:
+    """True for a key to look at, broadcastable to `(B, H, L, S)`; None: all."""
+    mask = None
+    if key_lengths is not None:
+        columns = torch.arange(k.shape[2], device=q.device)
+        mask = (columns[None, :] < key_lengths[:, None])[:, None, None, :]
+    if is_causal:
+        past = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        mask = past if mask is None else mask & past
+    return mask
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, dropout_p: float, is_causal: bool
+) -> Tensor:
+    if key_lengths is None:
+        return F.scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal)
+    mask = _seen(q, k, key_lengths, is_causal)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
 
 
 def _from_formula(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, dropout_p: float, is_causal: bool
 ) -> Tensor:
     scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)
-    if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    mask = _seen(q, k, key_lengths, is_causal)
     if mask is not None:
         # Finite, so that a row without keys stays free of NaN; then all of it counts for nothing.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     probs = scores.softmax(-1)
-    if mask is not None and not is_causal:
-        probs = probs.masked_fill(~mask, 0.0)
+    if key_lengths is not None:
+        probs = probs.masked_fill(~mask, 0.0)  # type: ignore[operator]
     return dropout(probs, dropout_p) @ v
 
 
-_MANY_QUERIES = 32  # for fewer, SDPA's blocks are as fast
-_CACHED_SCORES = 2**22  # that the processor's caches hold
+class _Options:
+    """What both directions take beside tensors of heads, in the operators' order."""
+
+    def __init__(self, key_lengths: Tensor | None, dropout_p: float, is_causal: bool) -> None:
+        lengths = None if key_lengths is None else key_lengths.to(torch.int64).contiguous()
+        seed = int(torch.randint(2**62, ())) if dropout_p > 0.0 else 0
+        self.arguments = (lengths, is_causal, dropout_p, seed)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        return torch.ops.blipfast_native.attention_out(q, k, v, *self.arguments, out)
+
+    def differentiate(
+        self, grad: Tensor, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+    ) -> None:
+        run = torch.ops.blipfast_native.attention_backward_out
+        run(_by_rows(grad), *saved, *self.arguments, *grads)
 
 
-def _by_images(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The formula over so few images at a time that their scores stay in the caches."""
-    images = max(1, _CACHED_SCORES // max(1, q.shape[1] * q.shape[2] * k.shape[2]))
-    # As attention writes it everywhere: the heads of a token side by side.
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
-    for part, *qkv in zip(*(x.split(images) for x in (out, q, k, v)), strict=True):
-        part.copy_(_from_formula(qkv[0], qkv[1], qkv[2], None, 0.0, False))
-    return out
+def _by_rows(x: Tensor) -> Tensor:
+    """With the elements of a head side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, dropout_p: float,
+        is_causal: bool,
+    ) -> Tensor:  # fmt: skip
+        q, k, v = map(_by_rows, (q, k, v))
+        ctx.options = _Options(key_lengths, dropout_p, is_causal)
+        # As attention writes it everywhere: the heads of a token side by side.
+        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+        lse = ctx.options.attend(q, k, v, out)
+        ctx.save_for_backward(q, k, v, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, _ = ctx.saved_tensors
+        grads = tuple(torch.empty_like(x) for x in (q, k, v))
+        ctx.options.differentiate(grad, ctx.saved_tensors, grads)
+        return *grads, None, None, None
+
+
+class _SelfAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, key_lengths: Tensor | None, dropout_p: float, is_causal: bool
+    ) -> Tensor:
+        qkv = _by_rows(qkv)
+        ctx.options = _Options(key_lengths, dropout_p, is_causal)
+        out = torch.empty_like(qkv[:, :, 0], memory_format=torch.contiguous_format)
+        lse = ctx.options.attend(*qkv.permute(2, 0, 3, 1, 4), out.transpose(1, 2))
+        ctx.save_for_backward(qkv, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, lse = ctx.saved_tensors
+        grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        heads, grads = (x.permute(2, 0, 3, 1, 4) for x in (qkv, grad_qkv))
+        ctx.options.differentiate(grad.transpose(1, 2), (*heads, lse), tuple(grads))
+        return grad_qkv, None, None, None

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "dense_attention.h"
 #include "draw_negatives.h"
 #include "few_rows_linear.h"
 #include "isa.h"
@@ -39,6 +40,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(blipfast_native, m) {
       "draw_negatives(Tensor scores, Tensor? query_ids, Tensor? key_ids, float eps, int offset,"
       " int seed, int step, int stream, int first_row, int first_column, int num) -> Tensor");
   m.def("few_rows_linear(Tensor rows, Tensor weight, Tensor bias, bool gelu, bool amx) -> Tensor");
+  m.def(
+      "attention_out(Tensor q, Tensor k, Tensor v, Tensor? key_lengths, bool causal,"
+      " float dropout_p, int seed, Tensor(a!) out) -> Tensor");
+  m.def(
+      "attention_backward_out(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse,"
+      " Tensor? key_lengths, bool causal, float dropout_p, int seed, Tensor(a!) grad_q,"
+      " Tensor(b!) grad_k, Tensor(c!) grad_v) -> ()");
   m.def("varlen_attention(Tensor qkv, Tensor cu_seqlens, bool causal) -> Tensor");
   m.def("bias_gelu_out(Tensor x, Tensor bias, Tensor(a!) out) -> ()");
   m.def("gelu_backward_(Tensor(a!) grad, Tensor x, Tensor bias) -> (Tensor, Tensor)");
@@ -56,6 +64,8 @@ STABLE_TORCH_LIBRARY_IMPL(blipfast_native, CPU, m) {
   m.impl("softmax_mean", TORCH_BOX(&blipfast::softmax_mean));
   m.impl("draw_negatives", TORCH_BOX(&blipfast::draw_negatives));
   m.impl("few_rows_linear", TORCH_BOX(&blipfast::few_rows_linear));
+  m.impl("attention_out", TORCH_BOX(&blipfast::attention_out));
+  m.impl("attention_backward_out", TORCH_BOX(&blipfast::attention_backward_out));
   m.impl("varlen_attention", TORCH_BOX(&blipfast::varlen_attention));
   m.impl("bias_gelu_out", TORCH_BOX(&blipfast::bias_gelu_out));
   m.impl("gelu_backward_", TORCH_BOX(&blipfast::gelu_backward_));

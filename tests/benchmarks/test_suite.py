@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from benchmarks.bench_vqa_rank import answer_texts
 from benchmarks.flops import count_flops
 from benchmarks.report import Row, write_page
 from blipfast.models.config import blip_config
+from blipfast.ops import dense_attention
 from blipfast.tasks.pretrain import BlipForPretraining
 
 
@@ -78,14 +80,13 @@ def test_workloads_are_as_natural_as_they_say() -> None:
     assert mask.sum(1).min() == 3
 
 
-def test_flops_count_attention_on_the_cpu() -> None:
-    q = torch.randn(1, 2, 16, 8, requires_grad=True)
-
-    def run() -> None:
-        torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
-
-    forward = 2 * 2 * 2 * 16 * 16 * 8
-    assert count_flops(run) == forward + forward * 5 // 2
+@pytest.mark.parametrize(
+    "attention", [torch.nn.functional.scaled_dot_product_attention, dense_attention]
+)
+def test_flops_count_attention_on_the_cpu(attention: Any) -> None:
+    q = torch.randn(1, 2, 16, 32, requires_grad=True)
+    forward = 2 * 2 * 2 * 16 * 16 * 32
+    assert count_flops(lambda: attention(q, q, q).sum().backward()) == forward + forward * 5 // 2
 
 
 def entry(group: str, code: str, median: float) -> dict:
