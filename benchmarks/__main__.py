@@ -5,6 +5,7 @@ python -m benchmarks --only rerank caption    # some of it
 python -m benchmarks --out results            # elsewhere than benchmarks/results
 python -m benchmarks --op all --device cuda --dtype bf16      # every operator on a GPU
 python -m benchmarks --op cross_attention --backend torch     # one operator, one backend
+python -m benchmarks --op all --sweep         # time, memory and share of the roof over sizes
 TRITON_INTERPRET=1 python -m benchmarks --op all --small      # the kernels without a GPU, tiny
 """
 
@@ -28,6 +29,7 @@ import torch
 from benchmarks.bench_ops import OPTIONS_VAR
 from benchmarks.op_cases import CASES
 from benchmarks.report import Row, write_page
+from benchmarks.sweep_page import write_sweep_page
 from blipfast.ops._products import bf16_products
 
 HERE = Path(__file__).parent
@@ -49,9 +51,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of operators")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--small", action="store_true", help="tiny operators, for the interpreter")
+    parser.add_argument("--sweep", action="store_true", help="operators over sizes, with plots")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU is visible to PyTorch; --small runs the kernels in the interpreter")
+    if arguments.sweep and not arguments.op:
+        arguments.op = ["all"]
     if arguments.op:
         arguments.only = ["ops"]
         os.environ[OPTIONS_VAR] = json.dumps(
@@ -59,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
                 "op": list(CASES) if "all" in arguments.op else arguments.op,
                 **{
                     name: getattr(arguments, name)
-                    for name in ("backend", "device", "dtype", "small")
+                    for name in ("backend", "device", "dtype", "small", "sweep")
                 },
             }
         )
@@ -73,13 +78,14 @@ def main(argv: list[str] | None = None) -> int:
     if not parts:
         return status or 1
     results = digest(parts, arguments.device)
+    results["command"] += " --sweep" * arguments.sweep
     arguments.out.mkdir(parents=True, exist_ok=True)
-    kind = "-interpreted" if arguments.small else ""
+    kind = "-sweep" * arguments.sweep + "-interpreted" * arguments.small
     path = arguments.out / f"{slug(results['machine']['name'])}{kind}.json"
     if path.exists() and arguments.only != NAMES:
         results["rows"] = merged(json.loads(path.read_text())["rows"], results["rows"])
     path.write_text(json.dumps(results, indent=1) + "\n")
-    page = write_page(results, path.with_suffix(""))
+    page = (write_sweep_page if arguments.sweep else write_page)(results, path.with_suffix(""))
     print(f"\n{path}\n{page}")
     return status
 

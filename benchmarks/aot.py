@@ -29,6 +29,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
 from blipfast.kernels import _runtime
+from blipfast.kernels.tiles import nth_candidate
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -128,10 +129,6 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
-
-
 def _cross_attention_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     from blipfast.kernels.cross_attention import run_backward, run_forward
 
@@ -150,7 +147,7 @@ def _cross_attention_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]
                 index += [_empty(1, dtype=torch.int64) if dropout else None, max_rows]
                 index += [0.1 if dropout else 0.0]
                 lse = _empty(12, len(q), dtype=torch.float32)
-                case = f"cross_attention {_short(dtype)} d={dim} rows={max_rows}"
+                case = f"cross_attention {_runtime.short(dtype)} d={dim} rows={max_rows}"
                 case += " dropout" * bool(dropout)
 
                 def run(q: Any = q, k: Any = k, lse: Any = lse, index: Any = index) -> None:
@@ -174,7 +171,7 @@ def _hard_negative_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]
             def run(arguments: Any = inputs) -> None:
                 run_sample(*arguments)
 
-            yield f"hard_negatives {_short(dtype)}" + " ids" * ids, run
+            yield f"hard_negatives {_runtime.short(dtype)}" + " ids" * ids, run
 
 
 def _contrastive_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -197,8 +194,8 @@ def _contrastive_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
             ) -> None:
                 key_gradients(q, None, _empty(), [k], lse, (weight,) * 3, *ids, 0)
 
-            yield f"contrastive {_short(dtype)} B={rows} d={width}", run
-            yield f"contrastive {_short(dtype)} B={rows} d={width} ids", with_ids
+            yield f"contrastive {_runtime.short(dtype)} B={rows} d={width}", run
+            yield f"contrastive {_runtime.short(dtype)} B={rows} d={width} ids", with_ids
 
 
 def _linear_cross_entropy_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -211,7 +208,7 @@ def _linear_cross_entropy_cases(quick: bool) -> Iterator[tuple[str, Callable[[],
             def run(arguments: Any = (logits, labels, 0.1, scale)) -> None:
                 losses_then_gradients(*arguments)
 
-            yield f"linear_cross_entropy {_short(dtype)}" + " losses" * (scale is None), run
+            yield f"linear_cross_entropy {_runtime.short(dtype)}" + " losses" * (scale is None), run
 
 
 CASES = [
@@ -302,10 +299,16 @@ def _occupancy(arch: str, registers: int, shared: int, options: dict[str, int]) 
     return min(by_registers, by_shared, _THREADS // threads) * threads / _THREADS
 
 
+_CANDIDATES = 3  # at most, that a launcher may choose between
+
+
 def compile_all(
     archs: Sequence[str], quick: bool, only: str = "", keys: int | None = None
 ) -> list[Row]:
-    """Every distinct kernel and configuration, once for each architecture."""
+    """Every distinct kernel and configuration, once for each architecture.
+
+    quick: of each kernel the tiles alone that are taken without tuning.
+    """
     rows = []
     for arch in archs:
         _runtime.forced_target = "hip" if arch.startswith("gfx") else int(arch)
@@ -314,7 +317,11 @@ def compile_all(
             for label, run in cases(quick):
                 if only not in label:
                     continue
-                for launch in record(label, run, keys):
+                launches = []
+                for place in range(1 if quick else _CANDIDATES):
+                    with nth_candidate(place):
+                        launches += record(label, run, keys)
+                for launch in launches:
                     constants = tuple(sorted(launch.constants.items(), key=str))
                     types = str((launch.signature, launch.attributes, constants, launch.options))
                     if (launch.kernel.__name__, types) not in seen:

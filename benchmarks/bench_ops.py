@@ -1,30 +1,33 @@
 """Every operator's backends beside plain PyTorch: forward and backward, and the share of the roof.
 
 What is timed is chosen by the options of `python -m benchmarks` (`--op`, `--backend`, `--device`,
-`--dtype`), which come here in the environment.
+`--dtype`, `--sweep`), which come here in the environment.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.op_cases import CASES, Case, Setting, assert_same, codes_of
+from benchmarks.memory import extra_peak
+from benchmarks.op_cases import CASES, SWEEPS, Case, Setting, assert_same, codes_of
 from benchmarks.roofline import Roof, measure, synchronize
 
 OPTIONS_VAR = "BLIPFAST_BENCH_OPS"
 OPTIONS: dict[str, Any] = {
     "op": list(CASES), "backend": "all", "device": "cpu", "dtype": "fp32", "small": False,
+    "sweep": False,
     **json.loads(os.environ.get(OPTIONS_VAR, "{}")),
 }  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SETTING = Setting(torch.device(OPTIONS["device"]), DTYPES[OPTIONS["dtype"]], OPTIONS["small"])
-ROUNDS = 3 if SETTING.small else 9
+ROUNDS = 3 if SETTING.small else 5 if OPTIONS["sweep"] else 9
 
 
 @cache
@@ -34,7 +37,7 @@ def roof() -> Roof:
 
 @cache
 def cases(op: str) -> list[Case]:
-    return CASES[op](SETTING)
+    return SWEEPS[op].cases(SETTING) if OPTIONS["sweep"] else CASES[op](SETTING)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -59,17 +62,19 @@ def test_op(benchmark: Any, op: str, index: int, code: str) -> None:
         synchronize(SETTING.device)
 
     benchmark.group = f"{case.name}, {OPTIONS['device']}, {OPTIONS['dtype']}"
-    benchmark.extra_info.update(code=code, **_peak(timed))
+    benchmark.extra_info.update(code=code, peak_mib=_peak(timed))
+    if case.size:
+        benchmark.extra_info.update(op=op, axis=case.axis, size=case.size)
     benchmark.pedantic(timed, rounds=ROUNDS, warmup_rounds=1 if SETTING.small else 3)
     floor = roof().floor(case.bytes, case.flops)
     benchmark.extra_info["share_of_roof"] = floor / benchmark.stats.stats.median
 
 
-def _peak(run: Any) -> dict[str, float]:
-    """MiB on a GPU that a call needs on top of its inputs."""
+def _peak(run: Callable[[], None]) -> float:
+    """MiB that a call needs on top of its inputs."""
     if SETTING.device.type != "cuda":
-        return {}
+        return extra_peak(run)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
-    return {"peak_mib": (torch.cuda.max_memory_allocated() - before) / 2**20}
+    return (torch.cuda.max_memory_allocated() - before) / 2**20

@@ -29,15 +29,8 @@ def write_page(results: dict[str, Any], stem: Path) -> Path:
     """Writes `stem.md` and `stem.svg`; returns the page's path."""
     rows = [Row(**row) for row in results["rows"]]
     plot(rows, stem.with_suffix(".svg"))
-    machine, versions = results["machine"], results["versions"]
     lines = [
-        f"# {machine['name']}, {results['date']}",
-        "",
-        f"`{results['command']}`; {machine['details']}; "
-        + ", ".join(f"{name} {number}" for name, number in versions.items())
-        + ". Random weights, base size; medians; each pair gave equal results before it was timed; "
-        "freed memory is kept for all (`blipfast.environment.keep_freed_memory`).",
-        "",
+        *heading(results),
         f"![times]({stem.name}.svg)",
         "",
         "| work | code | seconds | slowest to fastest | times ours | notes |",
@@ -48,6 +41,20 @@ def write_page(results: dict[str, Any], stem: Path) -> Path:
     page = stem.with_suffix(".md")
     page.write_text("\n".join(lines))
     return page
+
+
+def heading(results: dict[str, Any]) -> list[str]:
+    """What was run, where and how."""
+    machine, versions = results["machine"], results["versions"]
+    return [
+        f"# {machine['name']}, {results['date']}",
+        "",
+        f"`{results['command']}`; {machine['details']}; "
+        + ", ".join(f"{name} {number}" for name, number in versions.items())
+        + ". Random weights, base size; medians; each pair gave equal results before it was timed; "
+        "freed memory is kept for all (`blipfast.environment.keep_freed_memory`).",
+        "",
+    ]
 
 
 def best_of_ours(group: str, rows: list[Row]) -> Row:

@@ -169,6 +169,8 @@ def _cuda() -> list[dict[str, str | int]]:
 
     if not torch.cuda.is_available():
         return []
+    from blipfast.kernels import tiles
+
     cards: list[dict[str, str | int]] = []
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
@@ -178,6 +180,9 @@ def _cuda() -> list[dict[str, str | int]]:
                 "sm": f"{card.major}{card.minor}",
                 "memory_gib": round(card.total_memory / 2**30),
                 "multiprocessors": card.multi_processor_count,
+                "tiles": "tuned"
+                if tiles.table(torch.device("cuda", index))
+                else "as on paper (`blipfast tune`)",
             }
         )
     return cards

@@ -138,6 +138,34 @@ def cross_attention() -> str:
     return c.svg()
 
 
+def dense_attention() -> str:
+    c = Canvas(760, 320, "Attention on a CPU, a head at a time")
+    c.text(20, 28, "a head of an image belongs to one thread", 13)
+    for i in range(5):
+        c.box(20, 40 + i * 30, 100, 26, "8 queries", BLUE if i == 1 else GREY, 12)
+    c.box(180, 40, 150, 40, "keys, transposed", GREEN, 12)
+    c.box(180, 192, 150, 40, "values, in pairs", GREEN, 12)
+    c.note(180, 250, "packed once, they stay\nin the caches")
+    c.arrow(122, 84, 388, 94)
+    c.arrow(332, 60, 388, 74)
+    c.box(392, 62, 160, 44, "scores of 8 queries,\nfp32", ORANGE, 12)
+    c.arrow(472, 108, 472, 132)
+    c.box(392, 134, 160, 44, "weights of 8 queries,\nrounded once", ORANGE, 12)
+    c.arrow(332, 212, 640, 182)
+    c.arrow(554, 156, 606, 156)
+    c.box(610, 134, 130, 44, "outputs, and\nlog of the sums", BLUE, 12)
+    c.note(
+        392,
+        226,
+        "The backward forms scores and weights again\n"
+        "from queries, keys and the logs. Gradients of\n"
+        "keys and values are the sums of one thread:\n"
+        "the same bits for any number of threads.",
+    )
+    c.note(20, 308, "No weights are kept, and none of the (queries x keys) matrices exists.")
+    return c.svg()
+
+
 def contrastive() -> str:
     c = Canvas(760, 290, "Contrastive softmax in one pass over the keys")
     c.box(20, 40, 110, 60, "queries q\n(B, D)", BLUE)
@@ -259,6 +287,7 @@ def capfilt() -> str:
 PICTURES: dict[str, Callable[[], str]] = {
     "packed-pass": packed_pass,
     "cross-attention": cross_attention,
+    "dense-attention": dense_attention,
     "contrastive": contrastive,
     "hard-negatives": hard_negatives,
     "linear-ce": linear_ce,

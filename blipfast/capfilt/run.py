@@ -21,7 +21,7 @@ from blipfast.capfilt.store import Mark, Unit, UnitStore, claim, remove_left_ove
 from blipfast.capfilt.work import (
     Models,
     decoding_pool,
-    load_vocabulary,
+    find_tokenizer,
     read_unit,
     work_on_unit,
 )
@@ -72,7 +72,7 @@ def run_capfilt(
             config,
             [captioner] if captioner is not None else [],
             [filter_model] if filter_model is not None else [],
-            tokenizer or load_vocabulary(config),
+            tokenizer or find_tokenizer(config),
         )
     with process_group(pick_device(config.device), _DAY):
         run = CapFiltRun(config, models, on_images)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from blipfast.capfilt.config import CapFiltConfig, Stage
 from blipfast.capfilt.models import caption_records, score_records
 from blipfast.capfilt.store import ImageRow, JudgedText, Unit, UnitStore
 from blipfast.checkpoints import load_model, model_hash
-from blipfast.data import BlipTokenizer, load_image
+from blipfast.data import BlipTokenizer, load_image, load_tokenizer
 from blipfast.data.augment import View
 from blipfast.data.images import normalise
 from blipfast.data.index import RecordReader, ShardIndex
@@ -110,7 +109,7 @@ class Models:
         writers = config.captioners if config.keep != "web" else ()
         captioners = [load_model(path, "caption", image_size=size) for path in writers]
         filters = [load_model(path, "retrieval", image_size=size) for path in config.filters]
-        return cls(config, captioners, filters, load_vocabulary(config))
+        return cls(config, captioners, filters, find_tokenizer(config))
 
     def _ready(self, model: _Model) -> _Model:
         if self.config.precision == "bf16":  # a copy: the caller's weights keep their precision
@@ -194,14 +193,9 @@ def decoding_pool(config: CapFiltConfig) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(config.threads, "blipfast-capfilt")
 
 
-def load_vocabulary(config: CapFiltConfig) -> BlipTokenizer:
-    """The vocabulary given, or the one beside a model. Raises ConfigError when there is neither."""
-    if config.vocabulary is not None:
-        return BlipTokenizer.from_file(config.vocabulary)
-    folders = [path for path in (*config.filters, *config.captioners) if os.path.isdir(path)]
-    if not folders:
-        raise ConfigError("capfilt.vocabulary is not given, and no vocab.txt lies with a model")
-    return BlipTokenizer.from_pretrained_dir(folders[0])
+def find_tokenizer(config: CapFiltConfig) -> BlipTokenizer:
+    """Of the vocabulary that the settings name, or of the one beside a model."""
+    return load_tokenizer(config.vocabulary, *config.filters, *config.captioners)
 
 
 def _side(model: Blip) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `blipfast train|capfilt|evaluate|caption|match|search|serve|data|convert|info`.
+"""The command line: `blipfast COMMAND`, by what `COMMANDS` lists.
 
 Each subcommand is a module of its own, imported when it is called, so that `--help` does not wait
 for torch. What blipfast raises on purpose becomes one line on stderr; BLIPFAST_DEBUG=1 shows the
@@ -31,6 +31,7 @@ COMMANDS = {
     "serve": "a local page for all of that",
     "data": "data sets' own files to shards, and what is in shards",
     "convert": "a checkpoint to Hugging Face's or blipfast's format",
+    "tune": "which tiles the Triton kernels run with on this card",
     "info": "what was found here, and which backend each operator uses, and why",
 }
 _EXAMPLES = """\

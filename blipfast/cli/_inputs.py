@@ -52,7 +52,8 @@ def load_for(
 ) -> tuple[Any, Any, torch.device]:
     """Model, tokenizer and device. Raises ConfigError, CheckpointError or DataError in words."""
     from blipfast.checkpoints import load_model
-    from blipfast.train.recipes import load_tokenizer, pick_device
+    from blipfast.data import load_tokenizer
+    from blipfast.train.recipes import pick_device
 
     where = pick_device(device)
     model = load_model(checkpoint, task, image_size=image_size, device=where)

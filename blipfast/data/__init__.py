@@ -17,7 +17,14 @@ from blipfast.data.shards import (
     TextEntry,
     read_shards,
 )
-from blipfast.data.text import BlipTokenizer, TextBatch, TextKind, pre_caption, pre_question
+from blipfast.data.text import (
+    BlipTokenizer,
+    TextBatch,
+    TextKind,
+    load_tokenizer,
+    pre_caption,
+    pre_question,
+)
 
 __all__ = [
     "IMAGE_MEAN",
@@ -35,6 +42,7 @@ __all__ = [
     "TrainTransform",
     "View",
     "load_image",
+    "load_tokenizer",
     "normalise",
     "pre_caption",
     "pre_question",

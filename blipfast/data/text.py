@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 from torch import Tensor
 
-from blipfast.errors import DataError
+from blipfast.errors import ConfigError, DataError
 
 TextKind = Literal["caption", "question", "raw"]
 
@@ -376,3 +376,26 @@ def _write_whole(file: Path, text: str, what: str) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return file
+
+
+def load_tokenizer(
+    vocabulary: str | os.PathLike[str] | None, *models: str | os.PathLike[str] | None
+) -> BlipTokenizer:
+    """The vocabulary given (a file or a folder), or the one beside the first model that has one.
+
+    models: folders, or checkpoints in them.
+    Raises ConfigError when there is neither, DataError when it cannot be read.
+    """
+    if vocabulary is not None:
+        path = Path(vocabulary)
+        from_folder = BlipTokenizer.from_pretrained_dir
+        return from_folder(path) if path.is_dir() else BlipTokenizer.from_file(path)
+    given = [Path(model) for model in models if model is not None]
+    for folder in (path if path.is_dir() else path.parent for path in given):
+        if any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
+            return BlipTokenizer.from_pretrained_dir(folder)
+    what = "the vocabulary of its BERT (vocab.txt of bert-base-uncased for the published models)"
+    if given:
+        names = ", ".join(map(str, given))
+        raise ConfigError(f"there is no vocab.txt beside the checkpoint {names}: give {what}")
+    raise ConfigError("no vocabulary: give the vocab.txt of BERT uncased (data.vocabulary)")

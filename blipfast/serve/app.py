@@ -13,14 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from blipfast.checkpoints import load_model
-from blipfast.data import BlipTokenizer, EvalTransform, load_image
+from blipfast.data import BlipTokenizer, EvalTransform, load_image, load_tokenizer
 from blipfast.errors import ConfigError, DataError
 from blipfast.generation import caption_images
 from blipfast.models.blip import PackedText
 from blipfast.serve.folder import FolderIndex, Found, find_images
 from blipfast.serve.words import draw_map, word_maps
 from blipfast.train.config import described
-from blipfast.train.recipes import load_tokenizer, pick_device
+from blipfast.train.recipes import pick_device
 
 _MAX_WORDS, _MAX_TEXTS, _KEPT_IMAGES = 60, 32, 8
 

@@ -22,7 +22,7 @@ from blipfast.checkpoints import (
     save_model,
 )
 from blipfast.checkpoints.load import build
-from blipfast.data import BlipTokenizer
+from blipfast.data import BlipTokenizer, load_tokenizer
 from blipfast.errors import ConfigError, DataError
 from blipfast.models.blip import Blip, PackedText
 from blipfast.models.config import BlipConfig, blip_config
@@ -318,27 +318,6 @@ def with_epoch_length(config: TrainConfig) -> FitConfig:
             f"{size}"
         )
     return dataclasses.replace(run, steps_per_epoch=steps)
-
-
-def load_tokenizer(vocabulary: str | None, checkpoint: str | None) -> BlipTokenizer:
-    """The vocabulary given (a file or a folder), or the one beside the checkpoint.
-
-    Raises ConfigError when there is neither, DataError when it cannot be read.
-    """
-    if vocabulary is not None:
-        path = Path(vocabulary)
-        from_folder = BlipTokenizer.from_pretrained_dir
-        return from_folder(path) if path.is_dir() else BlipTokenizer.from_file(path)
-    if checkpoint is not None:
-        folder = Path(checkpoint)
-        folder = folder if folder.is_dir() else folder.parent
-        if any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
-            return BlipTokenizer.from_pretrained_dir(folder)
-        raise ConfigError(
-            f"there is no vocab.txt beside the checkpoint {checkpoint}: give the vocabulary of its "
-            "BERT (vocab.txt of bert-base-uncased for the published models)"
-        )
-    raise ConfigError("no vocabulary: give data.vocabulary, the vocab.txt of BERT uncased")
 
 
 def pick_device(name: str) -> torch.device:

@@ -91,6 +91,7 @@ BLIPFAST_AVX512_BF16 void differentiate(const AttentionHead<T>& head, const Rows
                                         const Rows<T>& grad_k, const Rows<T>& grad_v,
                                         const HeadSizes<T>& sizes, BackwardScratch<T>& scratch) {
   constexpr int64_t kPerWord = HeadSizes<T>::kPerWord;
+  const float scale = score_scale(head.dim);
   const float root = 1.0f / std::sqrt(static_cast<float>(head.dim));
   const Strip strip{scratch.scores.get(), scratch.moved.get(), sizes.columns};
   pack_rows(head.q, head.queries, head.dim, sizes.rows, scratch.q.get());
@@ -122,7 +123,7 @@ BLIPFAST_AVX512_BF16 void differentiate(const AttentionHead<T>& head, const Rows
                           factors.get());
         }
         const int64_t seen = head.causal ? std::min(head.keys, query + 1) : head.keys;
-        differentiate_row(strip, r, seen, lse[query], score_scale(head.dim), root,
+        differentiate_row(strip, r, seen, lse[query], scale, root,
                           head.dropped ? factors.get() : nullptr);
       }
       const int64_t line = (first - block) / kPerWord * sizes.columns;

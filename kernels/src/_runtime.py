@@ -27,6 +27,11 @@ def launch(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], **meta: Any)
         kernel[grid](*args, **meta)
 
 
+def short(dtype: torch.dtype) -> str:
+    """As "bf16", "fp16" or "fp32"."""
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from blipfast.kernels import _contrastive_kernels as kernels
-from blipfast.kernels._runtime import dot_precision, launch, next_power_of_2, target
+from blipfast.kernels._runtime import dot_precision, launch, next_power_of_2, short, target
+from blipfast.kernels.tiles import choose
 from torch import Tensor
 
 MAX_WIDTH = 256
@@ -39,13 +40,14 @@ def softmax_mean(
     temperature: one element; zero or NaN gives NaN everywhere.
     """
     rows, blocks = _common(query, teacher_query, keys)
-    block_m, block_n, options = _configuration(rows)
+    chosen = _configuration(rows)
+    block_m, block_n = chosen["BLOCK_M"], chosen["BLOCK_N"]
     row_tiles = max(1, -(-rows.shape[0] // block_m))
     spans = [_span(block.shape[0], row_tiles, block_n, rows.device) for block in blocks]
     splits = sum(-(-len(b) // span) for b, span in zip(blocks, spans, strict=True))
     stats = rows.new_empty((2, splits, rows.shape[0]), dtype=torch.float32)
     partial = rows.new_empty((splits, *rows.shape), dtype=torch.float32)
-    meta = _meta(rows) | {"BLOCK_M": block_m, "BLOCK_N": block_n} | options
+    meta = _meta(rows) | chosen
     first = 0
     for block, span in zip(blocks, spans, strict=True):
         sizes = (rows.shape[0], block.shape[0], rows.shape[1])
@@ -85,8 +87,9 @@ def key_gradients(
     rows, blocks = _common(query, teacher_query, keys)
     lengths = [block.shape[0] for block in blocks]
     out = query.new_empty((sum(lengths), query.shape[1]))
-    block_m, block_n, options = _configuration(rows, gradients=True)
-    meta = _meta(rows) | {"BLOCK_M": block_m, "BLOCK_N": block_n} | options
+    chosen = _configuration(rows, gradients=True)
+    block_n = chosen["BLOCK_N"]
+    meta = _meta(rows) | chosen
     meta |= {"HAS_TEACHER": teacher_query is not None, "HAS_IDS": query_ids is not None}
     student, soft, hard = (w.contiguous() for w in weights)
     own = None if query_ids is None else query_ids.contiguous()
@@ -119,15 +122,23 @@ def _meta(rows: Tensor) -> dict[str, object]:
     return {"BLOCK_D": block_d, "BLOCK_S": block_s, "PRECISION": dot_precision(rows)}
 
 
-def _configuration(rows: Tensor, gradients: bool = False) -> tuple[int, int, dict[str, int]]:
+def _configuration(rows: Tensor, gradients: bool = False) -> dict[str, int]:
     """Rows and keys of a tile, and launch options: the largest that spill no registers."""
     warps = 4 if target(rows) == "hip" else 8
+    sizes = {"BLOCK_M": 64, "BLOCK_N": 32}
     if rows.dtype == torch.float32:
-        return 16, 16, {"num_warps": warps, "num_stages": 1}
-    if gradients:
-        block_m, block_n = (32, 64) if warps == 8 else (16, 32)
-        return block_m, block_n, {"num_warps": warps, "num_stages": 2}
-    return 64, 32, {"num_warps": warps, "num_stages": 2}
+        sizes = {"BLOCK_M": 16, "BLOCK_N": 16}
+    elif gradients:
+        sizes = {"BLOCK_M": 32, "BLOCK_N": 64} if warps == 8 else {"BLOCK_M": 16, "BLOCK_N": 32}
+    stages = 1 if rows.dtype == torch.float32 else 2
+    candidates = [{**sizes, "num_warps": warps, "num_stages": stages}]
+    if rows.dtype != torch.float32:
+        candidates += [
+            candidates[0] | {"num_stages": 3},
+            candidates[0] | {"BLOCK_N": sizes["BLOCK_N"] // 2},
+        ]
+    key = f"{short(rows.dtype)} d={next_power_of_2(rows.shape[1])}"
+    return choose(f"contrastive {'gradients' if gradients else 'means'}", key, candidates, rows)
 
 
 @functools.cache

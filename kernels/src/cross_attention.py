@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from blipfast.kernels import _cross_attention_kernels as kernels
-from blipfast.kernels._runtime import dot_precision, launch, next_power_of_2, target
+from blipfast.kernels._runtime import dot_precision, launch, next_power_of_2, short, target
+from blipfast.kernels.tiles import choose
 from torch import Tensor
 
 MAX_HEAD_DIM = 128
@@ -236,4 +237,11 @@ def _configuration(
         chosen = {"BLOCK_N": 64, "num_warps": 8 if eight else 4, "num_stages": 2}
     if target(q) == "hip":
         chosen["num_warps"] = 4  # of 64 threads
-    return chosen
+    candidates = [chosen]
+    if q.dtype != torch.float32:  # smaller tiles, for more programs at once
+        candidates.append(chosen | {"BLOCK_N": chosen["BLOCK_N"] // 2})
+        if target(q) != "hip" and int(target(q)) >= 90:  # another tile in flight: others lack room
+            candidates.append(chosen | {"num_stages": 3})
+    direction = "backward" if backward else "forward"
+    key = f"{short(q.dtype)} d={block_d} m={block_m}" + " dropout" * dropout
+    return choose(f"cross_attention {direction}", key, candidates, q)

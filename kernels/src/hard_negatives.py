@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from blipfast.kernels._runtime import dot_precision, launch
+from blipfast.kernels._runtime import dot_precision, launch, short
+from blipfast.kernels.tiles import choose
 from torch import Tensor
 
 _COUNTERS = ["offset", "seed", "step", "stream", "first_row", "first_column"]
@@ -175,6 +176,7 @@ def run_sample(
     args: list[Any] = [query, keys, temperature, query_ids, key_ids, drawn]
     args += [(*query.stride(), *keys.stride()), sizes, float(eps)]
     args += [offset, seed, step, stream, first_row, first_column, num]
+    chosen = _configuration(query)
     launch(
         sample,
         (-(-query.shape[0] // 16),),
@@ -182,13 +184,20 @@ def run_sample(
         HAS_IDS=query_ids is not None,
         HAS_EPS=eps > 0,
         BLOCK_M=16,
-        BLOCK_N=32 if query.dtype == torch.float32 else 64,
         BLOCK_D=64,
         PRECISION=dot_precision(query),
-        num_warps=4,
-        num_stages=1 if query.dtype == torch.float32 else 2,
+        **chosen,
     )
     return drawn
+
+
+def _configuration(query: Tensor) -> dict[str, int]:
+    """Columns of a tile, warps and stages."""
+    if query.dtype == torch.float32:
+        return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    chosen = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    candidates = [chosen, chosen | {"num_stages": 3}, chosen | {"BLOCK_N": 32}]
+    return choose("hard_negatives", short(query.dtype), candidates, query)
 
 
 sample_op = torch.library.custom_op(

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from blipfast.kernels._runtime import launch
+from blipfast.kernels._runtime import launch, short
+from blipfast.kernels.tiles import choose
 from torch import Tensor
 
 
@@ -82,8 +83,13 @@ def losses_then_gradients(
         (logits.shape[0],),
         [*args, float(smoothing)],
         HAS_SCALE=scale is not None,
-        BLOCK_V=2048,
-        num_warps=8,
-        num_stages=2,
+        **_configuration(logits),
     )
     return losses
+
+
+def _configuration(logits: Tensor) -> dict[str, int]:
+    """Logits of a tile, warps and stages."""
+    chosen = {"BLOCK_V": 2048, "num_warps": 8, "num_stages": 2}
+    candidates = [chosen, {"BLOCK_V": 1024, "num_warps": 4, "num_stages": 3}]
+    return choose("linear_cross_entropy", short(logits.dtype), candidates, logits)

@@ -16,6 +16,8 @@ from benchmarks import original, readme, workloads
 from benchmarks.__main__ import digest, main, merged, slug
 from benchmarks.bench_vqa_rank import answer_texts
 from benchmarks.flops import count_flops
+from benchmarks.memory import extra_peak
+from benchmarks.op_cases import SWEEPS
 from benchmarks.report import Row, write_page
 from blipfast.models.config import blip_config
 from blipfast.ops import dense_attention
@@ -80,6 +82,13 @@ def test_workloads_are_as_natural_as_they_say() -> None:
     assert mask.sum(1).min() == 3
 
 
+def test_peak_memory_of_a_call() -> None:
+    """Of what it allocates and frees again, and not of what was freed before."""
+    torch.ones(2**24)
+    found = extra_peak(lambda: torch.ones(2**23).sum())
+    assert 28 < found < 45  # 32 MiB
+
+
 @pytest.mark.parametrize(
     "attention", [torch.nn.functional.scaled_dot_product_attention, dense_attention]
 )
@@ -132,6 +141,31 @@ def test_every_kernel_runs_through_its_operator_in_the_interpreter(tmp_path: Pat
     }
     assert all(row["extra"]["share_of_roof"] > 0 for row in rows)
     assert found.with_suffix(".md").read_text().count("share_of_roof") == len(rows)
+
+
+def test_operators_over_sizes(tmp_path: Path) -> None:
+    """As the command is given: time, memory and share of the roof of each size, and a picture."""
+    command = [sys.executable, "-m", "benchmarks", "--sweep", "--small", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command,
+        cwd=Path(__file__).parent.parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = tmp_path.glob("*-sweep-interpreted.json")
+    results = json.loads(found.read_text())
+    rows = results["rows"]
+    assert results["command"] == "python -m benchmarks --sweep"
+    assert {row["extra"]["op"] for row in rows} == set(SWEEPS)
+    for op, sweep in SWEEPS.items():
+        sizes = {row["extra"]["size"] for row in rows if row["extra"]["op"] == op}
+        assert sizes == set(sweep.small)
+    assert all(row["extra"]["peak_mib"] >= 0 for row in rows)
+    page, picture = found.with_suffix(".md").read_text(), found.with_suffix(".svg").read_text()
+    assert "| cross_attention | texts of one image | torch | 1: " in page
+    assert picture.count("MiB on top of the inputs") >= len(SWEEPS)
 
 
 def codes(rows: list[dict]) -> set[str]:

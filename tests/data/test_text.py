@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blipfast.data import BlipTokenizer, pre_caption, pre_question
-from blipfast.errors import DataError
+from blipfast.data import BlipTokenizer, load_tokenizer, pre_caption, pre_question
+from blipfast.errors import ConfigError, DataError
 
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference"
 PAIRS = json.loads((REFERENCE / "text_and_schedules.json").read_text(encoding="utf-8"))
@@ -118,6 +118,27 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["vocab.txt"]
     with pytest.raises(DataError, match="cannot write"):
         TOKENIZER.save(tmp_path / "none" / "vocab.txt")
+
+
+def test_the_vocabulary_given_or_the_one_beside_a_model(tmp_path: Path) -> None:
+    bare, model = tmp_path / "bare", tmp_path / "model"
+    for folder in (bare, model):
+        folder.mkdir()
+    weights = model / "model.safetensors"
+    file = TOKENIZER.save(model)
+    for found in (
+        load_tokenizer(file),
+        load_tokenizer(model, bare),
+        load_tokenizer(None, None, bare, model),
+        load_tokenizer(None, weights),
+    ):
+        assert found.vocab == TOKENIZER.vocab
+    with pytest.raises(ConfigError, match=r"no vocab.txt beside the checkpoint .*bare"):
+        load_tokenizer(None, bare)
+    with pytest.raises(ConfigError, match="no vocabulary"):
+        load_tokenizer(None)
+    with pytest.raises(DataError, match="cannot read"):
+        load_tokenizer(bare / "vocab.txt", model)
 
 
 def test_tokenizer_json(tmp_path: Path) -> None:

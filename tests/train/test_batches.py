@@ -240,6 +240,19 @@ def test_a_dialogue_without_options_is_set_aside(tmp_path):
     assert "another option" in batches.quarantine[0].reason
 
 
+@pytest.mark.parametrize("task", ["pretrain", "nlvr"])
+def test_pixels_are_made_on_the_device(tmp_path, task):
+    """A device without contents shows that they go there, and the texts do not."""
+    records = pairs(8) if task == "nlvr" else captions(8)
+    batches = make(tmp_path, records, task)
+    batches.device = torch.device("meta")
+    batch = next(batches.epoch(0))
+    assert batch["pixel_values"].device.type == "meta"
+    assert batch["pixel_values"].dtype == torch.float32
+    assert batch["pixel_values"].shape[-3:] == (3, 32, 32)
+    assert batch["input_ids"].device.type == "cpu"
+
+
 def test_nlvr_pairs_change_sides_with_their_words(tmp_path):
     batches = make(tmp_path, pairs(16), "nlvr", augment=False, shuffle_buffer=0)
     plain = list(batches.epoch(0))

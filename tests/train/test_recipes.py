@@ -12,10 +12,11 @@ import torch
 
 import blipfast
 from blipfast.cli._parsing import add_dataclass, make_parser, parse_as
+from blipfast.data import load_tokenizer
 from blipfast.errors import CheckpointError, ConfigError, DataError
 from blipfast.train.config import TrainConfig, packaged_configs
 from blipfast.train.history import History
-from blipfast.train.recipes import RECIPES, build_model, load_tokenizer, pick_device, run_training
+from blipfast.train.recipes import RECIPES, build_model, pick_device, run_training
 
 sys.path.insert(0, str(Path(__file__).parent))
 from shards import (
@@ -199,7 +200,7 @@ def test_errors_before_anything_is_written(tmp_path):
     config = tiny("pretrain", tmp_path)
     with pytest.raises(DataError, match="no shard matches"):
         run_training(replace(config, data=replace(config.data, shards=str(tmp_path / "none"))))
-    with pytest.raises(ConfigError, match=r"give data\.vocabulary"):
+    with pytest.raises(ConfigError, match=r"no vocabulary.*data\.vocabulary"):
         run_training(replace(config, data=replace(config.data, vocabulary=None)))
     with pytest.raises(ConfigError, match="no preset 'huge'"):
         run_training(replace(config, model=replace(config.model, preset="huge")))
