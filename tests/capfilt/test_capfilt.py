@@ -260,7 +260,7 @@ def test_a_missing_vocabulary_is_said(shards, tmp_path, checkpoints) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(checkpoints["filter"], bare)
     (bare / "vocab.txt").unlink()
-    with pytest.raises(DataError, match="vocab"):
+    with pytest.raises(ConfigError, match=r"no vocab.txt beside the checkpoint .*bare"):
         run_capfilt(_config(shards, tmp_path / "out", filters=(str(bare),), keep="web"))
 
 
