@@ -1,6 +1,7 @@
 """Texts, images and shards; knows no model."""
 
 from blipfast.data.augment import RANDAUGMENT_OPS, TrainTransform, View
+from blipfast.data.clean import pre_caption, pre_question
 from blipfast.data.images import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -17,14 +18,7 @@ from blipfast.data.shards import (
     TextEntry,
     read_shards,
 )
-from blipfast.data.text import (
-    BlipTokenizer,
-    TextBatch,
-    TextKind,
-    load_tokenizer,
-    pre_caption,
-    pre_question,
-)
+from blipfast.data.text import BlipTokenizer, TextBatch, TextKind, load_tokenizer
 
 __all__ = [
     "IMAGE_MEAN",
