@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from blipfast.errors import ConfigError
 
 T = TypeVar("T")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # short names to torch's
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):

@@ -7,13 +7,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from blipfast.cli._parsing import make_parser, parse
+from blipfast.cli._parsing import DTYPES, make_parser, parse
 
 _EXAMPLES = """\
   blipfast info
   blipfast info --dtype bf16
   BLIPFAST_BACKEND=cross_attention=reference blipfast info --json"""
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,7 +42,7 @@ def _run(device: str, dtype: str, json: bool) -> int:
     from blipfast.train.recipes import pick_device
 
     where = pick_device(device)
-    backends = explain(where, getattr(torch, _DTYPES[dtype]))
+    backends = explain(where, getattr(torch, DTYPES[dtype]))
     environment = detect()
     if json:
         _print_json(__version__, environment, backends)

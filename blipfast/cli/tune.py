@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from blipfast.cli._parsing import make_parser, parse
+from blipfast.cli._parsing import DTYPES, make_parser, parse
 
 _EXAMPLES = """\
   blipfast tune
   blipfast tune --dtypes "[bf16, fp16]" --device cuda:1
   TRITON_INTERPRET=1 blipfast tune --device cpu --small    # without a card, to see it work"""
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,7 +41,7 @@ def _run(device: str, dtypes: list[str], small: bool) -> int:
     console = Console(highlight=False)
     found = []
     with console.status("tuning") as status:
-        for one in tuning.tune(where, [getattr(torch, _DTYPES[d]) for d in dtypes], small=small):
+        for one in tuning.tune(where, [getattr(torch, DTYPES[d]) for d in dtypes], small=small):
             found.append(one)
             status.update(f"tuning: {len(found)} kernels, {one.kernel}, {one.key}")
     table = Table("kernel", "sizes", "chosen", "of the first's time")

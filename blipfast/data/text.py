@@ -368,4 +368,4 @@ def load_tokenizer(
     if given:
         names = ", ".join(map(str, given))
         raise ConfigError(f"there is no vocab.txt beside the checkpoint {names}: give {what}")
-    raise ConfigError("no vocabulary: give the vocab.txt of BERT uncased (data.vocabulary)")
+    raise ConfigError("no vocabulary: give data.vocabulary, the vocab.txt of BERT uncased")

@@ -72,7 +72,7 @@ class Packing:
         """Computes all index tensors now, as for a compiled model, which then takes them as they
         are; otherwise they are made when first asked for. Returns self.
         """
-        for name in ("uniform", "first_tokens", "mask", "slots"):
+        for name in ("uniform", "first_tokens", "lengths_tensor", "slots"):
             getattr(self, name)  # and what these are made from
         return self
 

@@ -62,9 +62,7 @@ BLIPFAST_AVX512_BF16 inline void pack_strip(const float* strip, int64_t columns,
         const float* at = strip + r * columns + c;
         const __m256i even = (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(at));
         const __m256i odd = (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(at + columns));
-        const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
-        _mm512_store_si512(lines + r / 2 * columns + c,
-                           _mm512_or_si512(_mm512_cvtepu16_epi32(even), high));
+        _mm512_store_si512(lines + r / 2 * columns + c, pairs_of(even, odd));
         if (rows) {
           _mm256_store_si256(reinterpret_cast<__m256i*>(to + r * columns + c), even);
           _mm256_store_si256(reinterpret_cast<__m256i*>(to + (r + 1) * columns + c), odd);

@@ -6,15 +6,6 @@ namespace blipfast {
 
 namespace {
 
-template <class T>
-BLIPFAST_AVX512_BF16 inline void write_vector(__m512 value, T* to) {
-  if constexpr (sizeof(T) == 2) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(value));
-  } else {
-    _mm512_store_ps(to, value);
-  }
-}
-
 // A row's scores become weights in T, not yet divided by their sum, and zeros from `seen` on.
 // Returns the sum; `peak` is the largest score, scaled.
 template <class T>
@@ -85,12 +76,12 @@ BLIPFAST_AVX512_BF16 void attend(const AttentionHead<T>& head, const Rows<T>& ou
     const Left left{scratch.weights.get(), sizes.column_words, 1};
     product<T>(left, scratch.values.get(), head.dim, sizes.column_words, scratch.out.get());
     for (int64_t r = 0; r < rows; ++r) {
-      float* row = scratch.out.get() + r * head.dim;
+      const float* row = scratch.out.get() + r * head.dim;
       const __m512 share = _mm512_set1_ps(1.0f / sums[r]);
+      T* to = out.data + (first + r) * out.stride;
       for (int64_t d = 0; d < head.dim; d += kVector) {
-        _mm512_store_ps(row + d, _mm512_mul_ps(_mm512_load_ps(row + d), share));
+        write_vector(_mm512_mul_ps(_mm512_load_ps(row + d), share), to + d);
       }
-      write_row(row, head.dim, out.data + (first + r) * out.stride);
     }
   }
 }

@@ -55,6 +55,12 @@ BLIPFAST_AVX512 inline void pack_transposed(const Rows<const T>& from, int64_t r
   }
 }
 
+// Words of bf16 from two rows.
+BLIPFAST_AVX512 inline __m512i pairs_of(__m256i even, __m256i odd) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+
 // Words hold what lies above each other: of bf16 lines of pairs of rows, of fp32 the rows. Zeros up
 // to `padded` rows.
 template <class T>
@@ -71,9 +77,7 @@ BLIPFAST_AVX512 inline void pack_lines(const Rows<const T>& from, int64_t rows, 
         if (r + 1 < rows) {
           odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + from.stride));
         }
-        const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
-        _mm512_store_si512(out + r / 2 * dim + d,
-                           _mm512_or_si512(_mm512_cvtepu16_epi32(even), high));
+        _mm512_store_si512(out + r / 2 * dim + d, pairs_of(even, odd));
       }
     }
   }
@@ -180,7 +184,7 @@ inline float score_scale(int64_t dim) {
 BLIPFAST_AVX512 inline void dropout_factors(uint64_t row, int64_t columns, uint32_t dropped,
                                             uint64_t seed, float* out) {
   constexpr int64_t kDraws = 8 * kPhiloxLanes;  // 16 bits each
-  const float scale = 65536.0f / (65536.0f - static_cast<float>(dropped));
+  const float scale = kept_scale(dropped);
   for (int64_t start = 0; start < columns; start += kDraws) {
     uint32_t c[4][kPhiloxLanes];
     for (uint32_t i = 0; i < kPhiloxLanes; ++i) {
@@ -203,17 +207,20 @@ BLIPFAST_AVX512 inline void dropout_factors(uint64_t row, int64_t columns, uint3
   }
 }
 
-// Rounds and writes fp32 columns, a multiple of 16.
+// Rounds and writes.
+template <class T>
+BLIPFAST_AVX512_BF16 inline void write_vector(__m512 value, T* to) {
+  if constexpr (sizeof(T) == 2) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(value));
+  } else {
+    _mm512_storeu_ps(to, value);
+  }
+}
+
+// The same of a row, whose columns are a multiple of 16.
 template <class T>
 BLIPFAST_AVX512_BF16 inline void write_row(const float* from, int64_t columns, T* to) {
-  for (int64_t d = 0; d < columns; d += kVector) {
-    const __m512 value = _mm512_load_ps(from + d);
-    if constexpr (sizeof(T) == 2) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + d), (__m256i)_mm512_cvtneps_pbh(value));
-    } else {
-      _mm512_storeu_ps(to + d, value);
-    }
-  }
+  for (int64_t d = 0; d < columns; d += kVector) write_vector(_mm512_load_ps(from + d), to + d);
 }
 
 }  // namespace

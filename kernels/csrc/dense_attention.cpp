@@ -4,11 +4,11 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
-#include <vector>
 
 #include "attention_head.h"
 #include "isa.h"
+#include "philox.h"
+#include "same_kind.h"
 
 namespace blipfast {
 
@@ -36,8 +36,7 @@ struct Problem {
         lengths(key_lengths ? static_cast<const int64_t*>(key_lengths->const_data_ptr())
                             : nullptr),
         causal(causal),
-        dropped(static_cast<uint32_t>(std::min(std::lround(dropout_p * 65536.0), 65535L))),
-        seed(static_cast<uint64_t>(seed)) {}
+        dropped(dropped_of(dropout_p)), seed(static_cast<uint64_t>(seed)) {}
 
   template <class T>
   AttentionHead<T> head(int64_t b, int64_t h, const Heads<const T>& q, const Heads<const T>& k,
@@ -54,16 +53,8 @@ struct Problem {
   uint64_t seed;
 };
 
-bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (a.size(i) != b.size(i)) return false;
-  }
-  return true;
-}
-
 bool like(const Tensor& x, const Tensor& other) {
-  return same_shape(x, other) && x.scalar_type() == other.scalar_type() && x.stride(3) == 1;
+  return same_kind(x, other) && x.stride(3) == 1;
 }
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v,

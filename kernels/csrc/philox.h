@@ -1,6 +1,8 @@
 // Philox4x32-10, a counter-based random number generator, for many counters side by side.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "isa.h"
@@ -8,6 +10,14 @@
 namespace blipfast {
 
 constexpr int64_t kPhiloxLanes = 16;
+
+// Dropout with 16 random bits an element: how many of 65,536 are dropped, and what scales the rest.
+inline uint32_t dropped_of(double p) {
+  return static_cast<uint32_t>(std::min(std::lround(p * 65536.0), 65535L));
+}
+BLIPFAST_INLINE float kept_scale(uint32_t dropped) {
+  return 65536.0f / (65536.0f - static_cast<float>(dropped));
+}
 
 // Counters c (word, lane) become random words, under the key.
 BLIPFAST_INLINE void philox(uint32_t (*c)[kPhiloxLanes], uint32_t key_low, uint32_t key_high) {

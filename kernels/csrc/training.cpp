@@ -14,6 +14,7 @@
 #include "gelu.h"
 #include "isa.h"
 #include "philox.h"
+#include "same_kind.h"
 
 namespace blipfast {
 
@@ -83,7 +84,7 @@ constexpr int64_t kHalves = 8, kElements = kHalves * kPhiloxLanes;
 template <class T>
 BLIPFAST_INLINE void dropout_loop(const T* x, T* out, int64_t begin, int64_t end, uint32_t dropped,
                                   uint64_t seed) {
-  const float scale = 65536.0f / (65536.0f - static_cast<float>(dropped));
+  const float scale = kept_scale(dropped);
   for (int64_t start = begin; start < end; start += kElements) {
     uint32_t c[4][kPhiloxLanes];
     const uint64_t first = static_cast<uint64_t>(start) / kHalves;
@@ -175,14 +176,6 @@ BLIPFAST_AVX512 void transpose_strip(const uint16_t* x, int64_t rows, int64_t co
 
 #endif
 
-bool same_kind(const Tensor& a, const Tensor& b) {
-  if (a.scalar_type() != b.scalar_type() || a.dim() != b.dim()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (a.size(i) != b.size(i)) return false;
-  }
-  return true;
-}
-
 bool float_and_contiguous(const Tensor& x) {
   const auto type = x.scalar_type();
   return x.is_contiguous() && (type == ScalarType::Float || type == ScalarType::BFloat16);
@@ -270,7 +263,7 @@ std::tuple<Tensor, Tensor> gelu_backward_(Tensor grad, Tensor x, Tensor bias) {
 Tensor dropout(Tensor x, double p, int64_t seed) {
   STD_TORCH_CHECK(float_and_contiguous(x), "dropout: takes contiguous float32 or bfloat16");
   STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout: p is ", p, ", but must be from 0 to below 1");
-  const auto dropped = static_cast<uint32_t>(std::min(std::lround(p * 65536.0), 65535L));
+  const uint32_t dropped = dropped_of(p);
   Tensor out = torch::stable::empty_like(x);
   const bool bf16 = x.scalar_type() == ScalarType::BFloat16;
   const void* from = x.const_data_ptr();

@@ -125,18 +125,14 @@ def _meta(rows: Tensor) -> dict[str, object]:
 def _configuration(rows: Tensor, gradients: bool = False) -> dict[str, int]:
     """Rows and keys of a tile, and launch options: the largest that spill no registers."""
     warps = 4 if target(rows) == "hip" else 8
-    sizes = {"BLOCK_M": 64, "BLOCK_N": 32}
     if rows.dtype == torch.float32:
-        sizes = {"BLOCK_M": 16, "BLOCK_N": 16}
-    elif gradients:
-        sizes = {"BLOCK_M": 32, "BLOCK_N": 64} if warps == 8 else {"BLOCK_M": 16, "BLOCK_N": 32}
-    stages = 1 if rows.dtype == torch.float32 else 2
-    candidates = [{**sizes, "num_warps": warps, "num_stages": stages}]
-    if rows.dtype != torch.float32:
-        candidates += [
-            candidates[0] | {"num_stages": 3},
-            candidates[0] | {"BLOCK_N": sizes["BLOCK_N"] // 2},
-        ]
+        candidates = [{"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": warps, "num_stages": 1}]
+    else:
+        block_m, block_n = 64, 32
+        if gradients:
+            block_m, block_n = (32, 64) if warps == 8 else (16, 32)
+        first = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": 2}
+        candidates = [first, first | {"num_stages": 3}, first | {"BLOCK_N": block_n // 2}]
     key = f"{short(rows.dtype)} d={next_power_of_2(rows.shape[1])}"
     return choose(f"contrastive {'gradients' if gradients else 'means'}", key, candidates, rows)
 

@@ -91,7 +91,10 @@ def test_where_tables_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert tiles.path(torch.device("cuda", 0)).name.startswith("nvidia-h100-80gb-triton-")
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter could tune")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1",
+    reason="unset TRITON_INTERPRET: the interpreter could tune",
+)
 def test_tuning_without_a_card_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "--device", "cpu"]) == 2
     error = capsys.readouterr().err

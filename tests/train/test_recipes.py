@@ -200,7 +200,7 @@ def test_errors_before_anything_is_written(tmp_path):
     config = tiny("pretrain", tmp_path)
     with pytest.raises(DataError, match="no shard matches"):
         run_training(replace(config, data=replace(config.data, shards=str(tmp_path / "none"))))
-    with pytest.raises(ConfigError, match=r"no vocabulary.*data\.vocabulary"):
+    with pytest.raises(ConfigError, match=r"give data\.vocabulary"):
         run_training(replace(config, data=replace(config.data, vocabulary=None)))
     with pytest.raises(ConfigError, match="no preset 'huge'"):
         run_training(replace(config, model=replace(config.model, preset="huge")))
