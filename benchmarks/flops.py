@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from blipfast.ops import _native
@@ -34,9 +35,32 @@ _CPU: dict[Any, Callable[..., int]] = {
 }
 
 
+def _scores(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many scores the C++ operator computes; of packed queries only those that there are."""
+    if cu_seqlens is None:
+        return math.prod(q.shape[:3]) * k.shape[2]
+    lengths = cu_seqlens.diff().tolist()
+    packed = k.shape[0] != len(lengths)
+    return q.shape[1] * sum(n * (n if packed else k.shape[2]) for n in lengths)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Any, cu_seqlens: Any, *_: Any, **__: Any
+) -> int:
+    return 2 * 2 * _scores(q, k, cu_seqlens) * q.shape[3]
+
+
+def _attention_backward(
+    grad: Any, q: Tensor, k: Tensor, v: Any, lse: Any, lengths: Any, cu: Any, *_: Any, **__: Any
+) -> int:
+    return 5 * 2 * _scores(q, k, cu) * q.shape[3]
+
+
 if _native.why_not() is None:
-    _CPU[torch.ops.blipfast_native.attention_out] = _sdpa
-    _CPU[torch.ops.blipfast_native.attention_backward_out] = _sdpa_backward
+    _CPU[torch.ops.blipfast_native.attention_out] = _attention
+    _CPU[torch.ops.blipfast_native.attention_backward_out] = _attention_backward
+for _count in (_attention, _attention_backward):
+    _count._get_raw = True  # type: ignore[attr-defined,union-attr]  # tensors, not their shapes
 
 
 def count_flops(fn: Callable[[], object]) -> int:

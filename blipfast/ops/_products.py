@@ -24,6 +24,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if _runs_on_one_thread(x, weight):
         pieces = -(-x.shape[0] // _GOOD_ROWS)
         return torch.cat([F.linear(part, weight, bias) for part in x.chunk(pieces)])
+    if bias is not None and _adds_bias_faster(x):
+        return by_onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -38,7 +40,21 @@ def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = Fa
 
 def onednn_takes(x: Tensor) -> bool:
     """Whether `by_onednn` is there, and autocast does not ask for another dtype."""
-    return x.is_cpu and not torch.is_autocast_enabled("cpu") and _has_onednn()
+    casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.get_autocast_dtype("cpu")
+    return x.is_cpu and not casts and _has_onednn()
+
+
+_MANY_ROWS = 1024  # below it the result is in the caches
+
+
+def _adds_bias_faster(x: Tensor) -> bool:
+    """Whether `by_onednn` should add a bias: PyTorch writes it into the result first, to add to."""
+    return (
+        x.dtype == torch.bfloat16
+        and x.numel() >= _MANY_ROWS * x.shape[-1]
+        and bf16_products() is not None
+        and onednn_takes(x)
+    )
 
 
 def onednn_is_faster(x: Tensor) -> bool:

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipfast.errors import ShapeError
-from blipfast.ops import _native, _triton, _varlen_libraries
+from blipfast.ops import _native, _native_attention, _triton, _varlen_libraries
 from blipfast.ops._dispatch import Backends
+from blipfast.ops._native_attention import Options
 from blipfast.ops.dense import dense_attention, dense_self_attention
 from blipfast.ops.packing import Packing, gather_rows, lazy, scatter_rows
 
@@ -53,16 +54,30 @@ def varlen_attention(
 _SHORT = 32
 
 
+def _packed_why_not(x: Tensor) -> str | None:
+    if torch.compiler.is_compiling():
+        return "what is compiled takes SDPA"
+    return _native_attention.why_not(x)
+
+
 def _native_why_not(qkv: Tensor) -> str | None:
-    if torch.is_grad_enabled() and qkv.requires_grad:
-        return "the C++ operator has no backward"
+    packed = _packed_why_not(qkv)
+    if packed is not None and torch.is_grad_enabled() and qkv.requires_grad:
+        return f"the C++ operator has no backward here: {packed}"
     return _native.why_not(qkv)
 
 
 @varlen_backends.register("native", _native_why_not)
 def _varlen_native(qkv: Tensor, packing: Packing, causal: bool, dropout_p: float) -> Tensor:
-    """Short texts without padding, a head of a text at a time; what it is not for goes to SDPA."""
-    if dropout_p > 0.0 or packing.max_seqlen > _SHORT:
+    """A head of a text at a time, without padding; what it is not for goes to SDPA."""
+    short = packing.max_seqlen <= _SHORT
+    wants_grad = torch.is_grad_enabled() and qkv.requires_grad
+    forward_only = short and dropout_p == 0.0 and not wants_grad
+    both_ways = _packed_why_not(qkv) is None and (short or _native_attention.slower(qkv) is None)
+    if both_ways and not (forward_only and qkv.dtype == torch.float32):
+        options = Options(cu_seqlens=packing.cu_seqlens, is_causal=causal, dropout_p=dropout_p)
+        return _native_attention.self_attention(qkv, options)
+    if not forward_only:
         return _varlen_torch(qkv, packing, causal, dropout_p)
     run = torch.ops.blipfast_native.varlen_attention
     out: Tensor = run(qkv.contiguous(), packing.cu_seqlens, causal)
@@ -241,6 +256,16 @@ def _not_triton(why_not: Callable[[Tensor], str | None]) -> Callable[[Tensor], s
 
 
 cross_backends.register("triton", _not_triton(_triton.why_not))(_cross_triton)
+
+
+@cross_backends.register("native", _packed_why_not, _native_attention.slower)
+def _cross_native(q: Tensor, k: Tensor, v: Tensor, plan: CrossPlan, dropout_p: float) -> Tensor:
+    """A head of a set at a time, with the rows that look at it read and written where they lie."""
+    if plan.num_kv * q.shape[1] < torch.get_num_threads():  # there is not a head for each thread
+        return _cross_torch(q, k, v, plan, dropout_p)
+    options = Options(plan.kv_lengths, plan.grouped.cu_seqlens, plan.order, dropout_p=dropout_p)
+    return _native_attention.attention(q, k, v, options)
+
 
 # Padding each set's rows to the longest wastes work when a few sets are far more looked at.
 _MAX_PADDING = 3.0

@@ -1,25 +1,24 @@
 """Scaled dot product attention over dense `(B, H, L, head_dim)` tensors, where each CPU is fast.
 
-On a CPU with AVX-512 it is one C++ operator in each direction, which has the scores of eight
-queries at a time and keeps none (`kernels/csrc/attention_*.cpp`). Elsewhere it is PyTorch's, but
-for training in bf16 and fp16 on a CPU, whose backward takes several times as long there as the
-matrix products it consists of (torch 2.13, BLIP's shapes): bf16 is computed from the formula where
-the processor has products of it, the rest in float32.
+On a CPU with AVX-512 it is one C++ operator in each direction, which keeps no scores
+(`_native_attention`). Elsewhere it is PyTorch's, but for training in bf16 and fp16 on a CPU, whose
+backward takes several times as long there as the matrix products it consists of (torch 2.13, BLIP's
+shapes): bf16 is computed from the formula where the processor has products of it, the rest in
+float32.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from blipfast.errors import ShapeError
-from blipfast.ops import _native
+from blipfast.ops import _native, _native_attention
 from blipfast.ops._dispatch import Backends
+from blipfast.ops._native_attention import Options
 from blipfast.ops._products import bf16_products
 from blipfast.ops.seeded_dropout import dropout
 
@@ -75,37 +74,27 @@ def dense_self_attention(
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ShapeError(f"qkv must be (B, L, 3, H, head_dim), got {tuple(qkv.shape)}")
-    options = {"key_lengths": key_lengths, "dropout_p": dropout_p, "is_causal": is_causal}
     heads = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, L, head_dim)
     if torch.compiler.is_compiling() or backends.choose(heads[0], impl)[0] != "native":
+        options = {"key_lengths": key_lengths, "dropout_p": dropout_p, "is_causal": is_causal}
         return dense_attention(*heads, **options, impl=impl).transpose(1, 2)  # type: ignore[arg-type]
-    return _SelfAttention.apply(qkv, key_lengths, dropout_p, is_causal)
-
-
-def _why_not_native(q: Tensor) -> str | None:
-    reason = _native.why_not(q)
-    if reason is not None:
-        return reason
-    if not (_native.avx512_bf16() if q.dtype == torch.bfloat16 else _native.avx512()):
-        return f"the processor lacks AVX-512 for {q.dtype}"
-    if q.dim() == 4 and (q.shape[3] == 0 or q.shape[3] % 32):
-        return f"it takes heads of 32, 64, 96 … dimensions, not {q.shape[3]}"
-    return None
+    return _native_attention.self_attention(
+        qkv, Options(key_lengths, is_causal=is_causal, dropout_p=dropout_p)
+    )
 
 
 def _slower_native(q: Tensor) -> str | None:
-    if q.dtype == torch.bfloat16 and bf16_products() == "amx":
-        return "AMX multiplies whole matrices of bf16 faster"
     if q.dim() == 4 and q.shape[0] * q.shape[1] < torch.get_num_threads():
         return "a thread takes a head, and there are more threads than heads"
-    return None
+    return _native_attention.slower(q)
 
 
-@backends.register("native", _why_not_native, _slower_native)
+@backends.register("native", _native_attention.why_not, _slower_native)
 def _dense_native(
     q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, dropout_p: float, is_causal: bool
 ) -> Tensor:
-    return _Attention.apply(q, k, v, key_lengths, dropout_p, is_causal)
+    options = Options(key_lengths, is_causal=is_causal, dropout_p=dropout_p)
+    return _native_attention.attention(q, k, v, options)
 
 
 @backends.register("torch")
@@ -159,71 +148,3 @@ def _from_formula(
     if key_lengths is not None:
         probs = probs.masked_fill(~mask, 0.0)  # type: ignore[operator]
     return dropout(probs, dropout_p) @ v
-
-
-class _Options:
-    """What both directions take beside tensors of heads, in the operators' order."""
-
-    def __init__(self, key_lengths: Tensor | None, dropout_p: float, is_causal: bool) -> None:
-        lengths = None if key_lengths is None else key_lengths.to(torch.int64).contiguous()
-        seed = int(torch.randint(2**62, ())) if dropout_p > 0.0 else 0
-        self.arguments = (lengths, is_causal, dropout_p, seed)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-        return torch.ops.blipfast_native.attention_out(q, k, v, *self.arguments, out)
-
-    def differentiate(
-        self, grad: Tensor, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...]
-    ) -> None:
-        run = torch.ops.blipfast_native.attention_backward_out
-        run(_by_rows(grad), *saved, *self.arguments, *grads)
-
-
-def _by_rows(x: Tensor) -> Tensor:
-    """With the elements of a head side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, dropout_p: float,
-        is_causal: bool,
-    ) -> Tensor:  # fmt: skip
-        q, k, v = map(_by_rows, (q, k, v))
-        ctx.options = _Options(key_lengths, dropout_p, is_causal)
-        # As attention writes it everywhere: the heads of a token side by side.
-        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
-        lse = ctx.options.attend(q, k, v, out)
-        ctx.save_for_backward(q, k, v, lse)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, _ = ctx.saved_tensors
-        grads = tuple(torch.empty_like(x) for x in (q, k, v))
-        ctx.options.differentiate(grad, ctx.saved_tensors, grads)
-        return *grads, None, None, None
-
-
-class _SelfAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, qkv: Tensor, key_lengths: Tensor | None, dropout_p: float, is_causal: bool
-    ) -> Tensor:
-        qkv = _by_rows(qkv)
-        ctx.options = _Options(key_lengths, dropout_p, is_causal)
-        out = torch.empty_like(qkv[:, :, 0], memory_format=torch.contiguous_format)
-        lse = ctx.options.attend(*qkv.permute(2, 0, 3, 1, 4), out.transpose(1, 2))
-        ctx.save_for_backward(qkv, lse)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, lse = ctx.saved_tensors
-        grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-        heads, grads = (x.permute(2, 0, 3, 1, 4) for x in (qkv, grad_qkv))
-        ctx.options.differentiate(grad.transpose(1, 2), (*heads, lse), tuple(grads))
-        return grad_qkv, None, None, None

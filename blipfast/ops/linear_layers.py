@@ -64,6 +64,8 @@ def _why_not(x: Tensor) -> str | None:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Linear.apply(*_cast(x, weight, bias))
+    if not weight.requires_grad:  # of one that does, autocast keeps its own copy for all calls
+        x, weight, bias = _cast(x, weight, bias)
     if bias is not None and reads_few_rows_in_place(x, weight):
         return few_rows_linear(x, weight, bias)
     return product(x, weight, bias)
@@ -99,7 +101,7 @@ def _autocasts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
-def _cast(x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
+def _cast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
     """All in the dtype that autocast asks for, if it is on."""
     if not _autocasts(x):
         return x, *weights
@@ -161,7 +163,8 @@ class _FeedForward(torch.autograd.Function):
 def _bias_gelu(x: Tensor, bias: Tensor, *, in_place: bool = False) -> Tensor:
     """`gelu(x + bias)`; in place where nothing else needs x: fresh memory for the widest activation
     costs page faults."""
-    if _native.why_not(x) is None and x.dtype == bias.dtype and x.is_contiguous():
+    bias = bias.to(x.dtype)
+    if _native.why_not(x) is None and x.is_contiguous():
         out = x if in_place else torch.empty_like(x)
         rows = (t.view(-1, t.shape[-1]) for t in (x, out))
         torch.ops.blipfast_native.bias_gelu_out(next(rows), bias, next(rows))

@@ -132,22 +132,19 @@ BLIPFAST_AVX512_BF16 void differentiate(const AttentionHead<T>& head, const Rows
                  head.dim, sizes.column_words, scratch.out.get());
       const int64_t rows = std::min(kStripRows, head.queries - first);
       for (int64_t r = 0; r < rows; ++r) {
-        write_row(scratch.out.get() + r * head.dim, head.dim,
-                  grad_q.data + (first + r) * grad_q.stride);
+        write_row(scratch.out.get() + r * head.dim, head.dim, grad_q.row(first + r));
       }
     }
-    const Rows<const T> q{head.q.data + block * head.q.stride, head.q.stride};
-    const Rows<const T> from{grad.data + block * grad.stride, grad.stride};
-    pack_lines(q, block_rows, head.dim, padded, scratch.q_lines.get());
-    pack_lines(from, block_rows, head.dim, padded, scratch.grad_lines.get());
+    pack_lines(head.q.after(block), block_rows, head.dim, padded, scratch.q_lines.get());
+    pack_lines(grad.after(block), block_rows, head.dim, padded, scratch.grad_lines.get());
     const int64_t steps = padded / kPerWord;
     add_to_keys(scratch.weights.get(), scratch.grad_lines.get(), steps, sizes,
                 scratch.grad_v.get());
     add_to_keys(scratch.slopes.get(), scratch.q_lines.get(), steps, sizes, scratch.grad_k.get());
   }
   for (int64_t i = 0; i < head.keys; ++i) {
-    write_row(scratch.grad_k.get() + i * head.dim, head.dim, grad_k.data + i * grad_k.stride);
-    write_row(scratch.grad_v.get() + i * head.dim, head.dim, grad_v.data + i * grad_v.stride);
+    write_row(scratch.grad_k.get() + i * head.dim, head.dim, grad_k.row(i));
+    write_row(scratch.grad_v.get() + i * head.dim, head.dim, grad_v.row(i));
   }
 }
 

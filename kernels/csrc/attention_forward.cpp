@@ -39,7 +39,7 @@ BLIPFAST_AVX512_BF16 void attend(const AttentionHead<T>& head, const Rows<T>& ou
                                  const HeadSizes<T>& sizes, ForwardScratch<T>& scratch) {
   if (head.keys == 0) {
     for (int64_t i = 0; i < head.queries; ++i) {
-      std::fill_n(out.data + i * out.stride, head.dim, T{0});
+      std::fill_n(out.row(i), head.dim, T{0});
       lse[i] = -INFINITY;
     }
     return;
@@ -78,7 +78,7 @@ BLIPFAST_AVX512_BF16 void attend(const AttentionHead<T>& head, const Rows<T>& ou
     for (int64_t r = 0; r < rows; ++r) {
       const float* row = scratch.out.get() + r * head.dim;
       const __m512 share = _mm512_set1_ps(1.0f / sums[r]);
-      T* to = out.data + (first + r) * out.stride;
+      T* to = out.row(first + r);
       for (int64_t d = 0; d < head.dim; d += kVector) {
         write_vector(_mm512_mul_ps(_mm512_load_ps(row + d), share), to + d);
       }

@@ -14,11 +14,18 @@ constexpr int64_t kVector = 16;   // fp32 numbers of a vector
 constexpr int64_t kStripRows = 8;  // queries whose scores are in hand at a time
 constexpr int64_t kBlockRows = 64;  // queries whose weights the backward keeps; whole strips
 
-// A matrix whose rows are `stride` elements apart.
+// A matrix whose rows are `stride` elements apart; in another order where `index` says which is where.
 template <class T>
 struct Rows {
+  T* row(int64_t i) const { return data + (index ? index[i] : i) * stride; }
+  // The rows from `first` on.
+  Rows after(int64_t first) const {
+    return index ? Rows{data, stride, index + first} : Rows{data + first * stride, stride};
+  }
+
   T* data;
   int64_t stride;
+  const int64_t* index = nullptr;
 };
 
 // T: float, or uint16_t for bf16.

@@ -31,7 +31,7 @@ template <class T>
 inline void pack_rows(const Rows<const T>& from, int64_t rows, int64_t dim, int64_t padded,
                       uint32_t* out) {
   T* to = reinterpret_cast<T*>(out);
-  for (int64_t r = 0; r < rows; ++r) std::copy_n(from.data + r * from.stride, dim, to + r * dim);
+  for (int64_t r = 0; r < rows; ++r) std::copy_n(from.row(r), dim, to + r * dim);
   std::fill_n(to + rows * dim, (padded - rows) * dim, T{0});
 }
 
@@ -44,8 +44,9 @@ BLIPFAST_AVX512 inline void pack_transposed(const Rows<const T>& from, int64_t r
     for (int64_t word = 0; word < dim / kPerWord; word += kVector) {
       __m512i lines[kVector];
       for (int64_t i = 0; i < kVector; ++i) {
-        const T* at = from.data + (first + i) * from.stride + word * kPerWord;
-        lines[i] = first + i < rows ? _mm512_loadu_si512(at) : _mm512_setzero_si512();
+        const int64_t r = first + i;
+        lines[i] = r < rows ? _mm512_loadu_si512(from.row(r) + word * kPerWord)
+                            : _mm512_setzero_si512();
       }
       transpose_16x16(lines);
       for (int64_t i = 0; i < kVector; ++i) {
@@ -70,13 +71,12 @@ BLIPFAST_AVX512 inline void pack_lines(const Rows<const T>& from, int64_t rows, 
     pack_rows(from, rows, dim, padded, out);
   } else {
     for (int64_t r = 0; r < padded; r += 2) {
+      const T* upper = r < rows ? from.row(r) : nullptr;
+      const T* lower = r + 1 < rows ? from.row(r + 1) : nullptr;
       for (int64_t d = 0; d < dim; d += kVector) {
-        const T* at = from.data + r * from.stride + d;
         __m256i even = _mm256_setzero_si256(), odd = even;
-        if (r < rows) even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-        if (r + 1 < rows) {
-          odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + from.stride));
-        }
+        if (upper) even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(upper + d));
+        if (lower) odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lower + d));
         _mm512_store_si512(out + r / 2 * dim + d, pairs_of(even, odd));
       }
     }

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "dense_attention.h"
+#include "attention.h"
 #include "draw_negatives.h"
 #include "few_rows_linear.h"
 #include "isa.h"
@@ -41,12 +41,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(blipfast_native, m) {
       " int seed, int step, int stream, int first_row, int first_column, int num) -> Tensor");
   m.def("few_rows_linear(Tensor rows, Tensor weight, Tensor bias, bool gelu, bool amx) -> Tensor");
   m.def(
-      "attention_out(Tensor q, Tensor k, Tensor v, Tensor? key_lengths, bool causal,"
-      " float dropout_p, int seed, Tensor(a!) out) -> Tensor");
+      "attention_out(Tensor q, Tensor k, Tensor v, Tensor? key_lengths, Tensor? cu_seqlens,"
+      " Tensor? order, bool causal, float dropout_p, int seed, Tensor(a!) out) -> Tensor");
   m.def(
       "attention_backward_out(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse,"
-      " Tensor? key_lengths, bool causal, float dropout_p, int seed, Tensor(a!) grad_q,"
-      " Tensor(b!) grad_k, Tensor(c!) grad_v) -> ()");
+      " Tensor? key_lengths, Tensor? cu_seqlens, Tensor? order, bool causal, float dropout_p,"
+      " int seed, Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v) -> ()");
   m.def("varlen_attention(Tensor qkv, Tensor cu_seqlens, bool causal) -> Tensor");
   m.def("bias_gelu_out(Tensor x, Tensor bias, Tensor(a!) out) -> ()");
   m.def("gelu_backward_(Tensor(a!) grad, Tensor x, Tensor bias) -> (Tensor, Tensor)");

@@ -20,7 +20,14 @@ from benchmarks.memory import extra_peak
 from benchmarks.op_cases import SWEEPS
 from benchmarks.report import Row, write_page
 from blipfast.models.config import blip_config
-from blipfast.ops import dense_attention
+from blipfast.ops import (
+    CrossPlan,
+    Packing,
+    _native,
+    cross_attention,
+    dense_attention,
+    varlen_attention,
+)
 from blipfast.tasks.pretrain import BlipForPretraining
 
 
@@ -96,6 +103,19 @@ def test_flops_count_attention_on_the_cpu(attention: Any) -> None:
     q = torch.randn(1, 2, 16, 32, requires_grad=True)
     forward = 2 * 2 * 2 * 16 * 16 * 32
     assert count_flops(lambda: attention(q, q, q).sum().backward()) == forward + forward * 5 // 2
+
+
+@pytest.mark.skipif(not _native.avx512(), reason="the C++ operator needs AVX-512")
+def test_flops_count_packed_attention_without_padding() -> None:
+    packing = Packing.from_lengths([3, 5])
+    qkv = torch.randn(8, 3, 2, 32)
+    forward = 2 * 2 * 2 * 32 * (3 * 3 + 5 * 5)
+    attend = lambda x: varlen_attention(x, packing, impl="native").sum().backward()  # noqa: E731
+    assert count_flops(lambda: attend(qkv.requires_grad_())) == forward + forward * 5 // 2
+    plan, keys = CrossPlan.build(packing, [1, 1], 2), torch.randn(2, 2, 7, 32)
+    q = torch.randn(8, 2, 32)
+    cross = lambda: cross_attention(q, keys, keys, plan, impl="native")  # noqa: E731
+    assert count_flops(cross) == 2 * 2 * 2 * 32 * 8 * 7
 
 
 def entry(group: str, code: str, median: float) -> dict:

@@ -279,23 +279,24 @@ def test_the_operators_check_what_they_are_given() -> None:
     q, k, v, grad = new_inputs((2, 3, 5, 7, 32), torch.float32)
     ops, lengths = torch.ops.blipfast_native, torch.tensor([7, 2])
     attend, differentiate = ops.attention_out, ops.attention_backward_out
-    lse = attend(q, k, v, lengths, False, 0.0, 0, torch.empty_like(q))
+    rest = (None, None, False, 0.0, 0)
+    lse = attend(q, k, v, lengths, *rest, torch.empty_like(q))
     calls = [
-        lambda: attend(q, k[:1], v[:1], None, False, 0.0, 0, q),
-        lambda: attend(q, k, v[:, :, :4], None, False, 0.0, 0, q),
-        lambda: attend(q, k, v, None, False, 0.0, 0, k),
-        lambda: attend(q, k, v, None, False, 1.0, 0, q),
-        lambda: attend(q, k, v, lengths[:1], False, 0.0, 0, q),
-        lambda: attend(q, k, v, lengths.int(), False, 0.0, 0, q),
-        lambda: attend(q.double(), k.double(), v.double(), None, False, 0.0, 0, q.double()),
-        lambda: differentiate(grad, q, k, v, lse[:1], None, False, 0.0, 0, q, k, v),
-        lambda: differentiate(grad, q, k, v, lse.double(), None, False, 0.0, 0, q, k, v),
-        lambda: differentiate(grad[:, :, :3], q, k, v, lse, None, False, 0.0, 0, q, k, v),
-        lambda: differentiate(grad, q, k, v, lse, None, False, 0.0, 0, k, k, v),
+        lambda: attend(q, k[:1], v[:1], None, *rest, q),
+        lambda: attend(q, k, v[:, :, :4], None, *rest, q),
+        lambda: attend(q, k, v, None, *rest, k),
+        lambda: attend(q, k, v, None, None, None, False, 1.0, 0, q),
+        lambda: attend(q, k, v, lengths[:1], *rest, q),
+        lambda: attend(q, k, v, lengths.int(), *rest, q),
+        lambda: attend(q.double(), k.double(), v.double(), None, *rest, q.double()),
+        lambda: differentiate(grad, q, k, v, lse[:1], None, *rest, q, k, v),
+        lambda: differentiate(grad, q, k, v, lse.double(), None, *rest, q, k, v),
+        lambda: differentiate(grad[:, :, :3], q, k, v, lse, None, *rest, q, k, v),
+        lambda: differentiate(grad, q, k, v, lse, None, *rest, k, k, v),
     ]
     for call in calls:
         with pytest.raises(RuntimeError, match="attention: "):
             call()
-    outside = attend(q, k, v, torch.tensor([99, -3]), False, 0.0, 0, torch.empty_like(q))
+    outside = attend(q, k, v, torch.tensor([99, -3]), *rest, torch.empty_like(q))
     assert outside[0].isfinite().all()  # clamped to the keys that there are
     assert (outside[1] == -math.inf).all()
