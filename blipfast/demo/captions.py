@@ -8,6 +8,7 @@ fit one image each.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -81,11 +82,17 @@ def draw_claim(
 
 
 def falsify(
-    claim: Claim, scene: Scene, rng: np.random.Generator, kinds: tuple[NoiseKind, ...]
+    claim: Claim,
+    scene: Scene,
+    rng: np.random.Generator,
+    kinds: tuple[NoiseKind, ...],
+    nouns: Sequence[str] = tuple(CONCEPTS),
+    may_meet: Callable[[tuple[str, ...]], bool] = lambda objects: True,
 ) -> tuple[Claim, NoiseKind]:
     """The claim with one detail wrong: an object, the background or the relation.
 
     Kinds that the claim says nothing about are left out; an object can always be swapped.
+    nouns: what it is swapped for. may_meet: whether things may be named together.
     """
     possible: list[NoiseKind] = ["object"] if "object" in kinds else []
     if "background" in kinds and claim.background is not None:
@@ -104,9 +111,9 @@ def falsify(
             objects[0], objects[1] = objects[1], objects[0]
         return replace(claim, objects=tuple(objects)), kind
     old = objects[rng.integers(len(objects))]
-    others = [noun for noun in CONCEPTS if noun not in objects]
-    new = others[rng.integers(len(others))]
-    return replace(claim, objects=tuple(new if o == old else o for o in objects)), kind
+    swapped = [tuple(n if o == old else o for o in objects) for n in nouns if n not in objects]
+    swapped = [choice for choice in swapped if may_meet(choice)]
+    return replace(claim, objects=swapped[rng.integers(len(swapped))]), kind
 
 
 class Writer:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from blipfast.checkpoints import init_text_from_bert, load_model
 from blipfast.data import BlipTokenizer
@@ -96,7 +97,20 @@ def new_model(
     if backbone is not None:
         model.visual_encoder.load_state_dict(backbone)
     init_text_from_bert(model, _first_layers(settings.text_layers), rows=rows)
+    _wake_cross_attention(model)
     return model
+
+
+@torch.no_grad()
+def _wake_cross_attention(model: BlipForPretraining) -> None:
+    """Starts cross-attention at the scale of its input, which no checkpoint knows.
+
+    BERT's 0.02 is for wide layers and long training: at these widths most of a short run goes by
+    before a text takes notice of its image.
+    """
+    for name, module in model.named_modules():
+        if "cross_attention" in name and isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
 
 def _first_layers(count: int) -> dict[str, torch.Tensor]:

@@ -35,6 +35,7 @@ from blipfast.demo.measure import (
     measure_captions,
     measure_filter,
     measure_retrieval,
+    measure_texts,
 )
 from blipfast.demo.page import write_page
 from blipfast.demo.result import DemoResult, Side
@@ -90,12 +91,19 @@ class _Job:
             report = self._capfilt()
             decisions = list(read_manifest(report.manifest))
             judged = measure_filter(decisions, self.data.web, settings.threshold)
+            texts = measure_texts(decisions, self.data.web)
+        for source, its in texts.items():
+            self._say(
+                f"  {source} texts: {its.right:.0%} right; of the {its.accepted} accepted "
+                f"{its.accepted_right:.0%}"
+            )
         records = list(read_shards(report.shards)) if report.shards else []
         if not records:
             raise DataError("the filter rejected every text; train longer (--minutes)")
         bootstrapped = self._side("bootstrapped", Samples.from_records(records) + clean, clean)
         result = DemoResult(
-            settings, self.data, noisy, bootstrapped, naming, filtering, judged, report, decisions,
+            settings, self.data, noisy, bootstrapped, naming, filtering, judged, texts, report,
+            decisions,
             self.seconds, _machine(), self.parameters,
         )  # fmt: skip
         self._write(result)
@@ -144,7 +152,7 @@ class _Job:
         self._say(
             f"  {name}: R@5 by ITC {found.itc.tr_r5:.1f}/{found.itc.ir_r5:.1f}, re-ranked "
             f"{found.itm.tr_r5:.1f}/{found.itm.ir_r5:.1f} (chance {found.chance(5):.1f}), "
-            f"CIDEr {spoken.cider:.2f}"
+            f"CIDEr {spoken.cider:.2f}, {spoken.right:.0%} of captions right"
         )
         return Side(aligned, learnt, tuned, found, spoken, len(samples))
 

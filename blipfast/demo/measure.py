@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from blipfast.capfilt import Decision
 from blipfast.data import BlipTokenizer
+from blipfast.demo.reading import is_right
 from blipfast.demo.samples import Samples, normalise
 from blipfast.demo.scenes import DemoRecord
 from blipfast.errors import BlipfastError, DataError
@@ -75,9 +77,10 @@ def measure_retrieval(
 
 @dataclass(frozen=True)
 class CaptionResult:
-    """CIDEr and the captions it is of."""
+    """CIDEr, the share of captions with nothing wrong in them, and the captions these are of."""
 
     cider: float
+    right: float
     captions: list[str]
 
 
@@ -92,7 +95,37 @@ def measure_captions(
         captions += caption_images(
             model, tokenizer, normalise(part), prompt=prompt, max_length=30, min_length=6
         )
-    return CaptionResult(cider(captions, [r.references for r in records]).mean, captions)
+    right = sum(is_right(text, r.scene) for text, r in zip(captions, records, strict=True))
+    score = cider(captions, [r.references for r in records]).mean
+    return CaptionResult(score, right / len(records), captions)
+
+
+@dataclass(frozen=True)
+class TextQuality:
+    """Texts of one source: how many, and the share that is right; the same of those accepted."""
+
+    texts: int
+    right: float
+    accepted: int
+    accepted_right: float
+
+
+def measure_texts(
+    decisions: Sequence[Decision], records: Sequence[DemoRecord]
+) -> dict[str, TextQuality]:
+    """By source, how many texts are true of their scenes, which no model has been told."""
+    scenes = {record.key: record.scene for record in records}
+    found: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
+    for d in decisions:
+        if d.text is not None:
+            found[d.source].append((is_right(d.text, scenes[d.key]), d.accepted))
+    return {source: _quality(rows) for source, rows in sorted(found.items())}
+
+
+def _quality(rows: list[tuple[bool, bool]]) -> TextQuality:
+    kept = [right for right, accepted in rows if accepted]
+    right = sum(right for right, _ in rows) / len(rows)
+    return TextQuality(len(rows), right, len(kept), sum(kept) / max(1, len(kept)))
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class Row:
 
 
 def comparison_rows(result: DemoResult) -> list[Row]:
-    """Recall both ways at 1, 5, 10, by ITC and re-ranked, and CIDEr."""
+    """Recall both ways at 1, 5, 10, by ITC and re-ranked; CIDEr, and captions that are right."""
     rows = []
     for stage, title in (("itc", "ITC alone"), ("itm", "re-ranked by ITM")):
         for way, words in (("tr", "image to text"), ("ir", "text to image")):
@@ -106,8 +106,9 @@ def comparison_rows(result: DemoResult) -> list[Row]:
                 )
                 chance = result.noisy.retrieval.chance(k)
                 rows.append(Row(f"{words} R@{k}, {title}", noisy, better, chance))
-    rows.append(Row("CIDEr", 100 * result.noisy.captions.cider,
-                    100 * result.bootstrapped.captions.cider))  # fmt: skip
+    before, after = result.noisy.captions, result.bootstrapped.captions
+    rows.append(Row("CIDEr", 100 * before.cider, 100 * after.cider))
+    rows.append(Row("captions with nothing wrong, %", 100 * before.right, 100 * after.right))
     return rows
 
 

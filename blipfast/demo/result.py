@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blipfast.capfilt import CapFiltReport, Decision
-from blipfast.demo.measure import CaptionResult, FilterResult, RetrievalResult
+from blipfast.demo.measure import CaptionResult, FilterResult, RetrievalResult, TextQuality
 from blipfast.demo.scenes import DemoData
 from blipfast.demo.settings import DemoSettings
 from blipfast.train.history import History
@@ -37,6 +37,7 @@ class DemoResult:
     naming: History
     filtering: History
     filter: FilterResult
+    texts: dict[str, TextQuality]
     capfilt: CapFiltReport
     decisions: list[Decision]
     seconds: dict[str, float] = field(default_factory=dict)
@@ -52,6 +53,7 @@ class DemoResult:
                 "itc": its.retrieval.itc.to_dict(),
                 "itm": its.retrieval.itm.to_dict(),
                 "cider": its.captions.cider,
+                "right_captions": its.captions.right,
                 "pairs": its.pairs,
                 "samples_per_second": its.pretraining.samples_per_second,
             }
@@ -63,6 +65,7 @@ class DemoResult:
             "bootstrapped": side(self.bootstrapped),
             "chance_r5": self.noisy.retrieval.chance(5),
             "filter": judged,
+            "texts": {source: dataclasses.asdict(q) for source, q in self.texts.items()},
             "capfilt": dataclasses.asdict(self.capfilt),
             "seconds": self.seconds,
             "machine": self.machine,

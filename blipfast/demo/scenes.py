@@ -1,8 +1,8 @@
 """The demo's data: emoji scenes with noisy "web" captions, clean captions and a held-out test.
 
 What is particular here:
-- The test shows pairs of things that training never shows together, and each test caption is
-  true of one test image only, so recall is well defined.
+- The test shows pairs of things that training never shows together, nor names together, in right
+  or wrong texts; and each test caption is true of one test image only, so recall is well defined.
 - Web texts carry a truth flag for scoring the filter; `to_record` leaves it out.
 - Everything follows from the seed; sprites are cached, so a scene takes well under 1 ms.
 """
@@ -238,7 +238,10 @@ class _Builder:
         final: list[tuple[Claim, NoiseKind]] = [(claim, "") for claim in claims]
         for i in wrong.tolist():
             if i in hard:
-                final[i] = falsify(claims[i], scenes[i], rng, HARD_KINDS)
+                final[i] = falsify(
+                    claims[i], scenes[i], rng, HARD_KINDS, self.concepts,
+                    lambda objects: not self._holds_reserved(objects),
+                )  # fmt: skip
             else:
                 final[i] = self._other_claim(scenes[i], claims), "replaced"
         return [

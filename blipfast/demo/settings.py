@@ -40,7 +40,7 @@ class DemoSettings:
     text_layers: int = _setting(2, "layers of the text transformer, from a packaged MiniLM")
     embed_dim: int = _setting(128, "width of the contrastive features")
     batch_size: int = _setting(64, "pairs of a step")
-    backbone_steps: int = _setting(400, "of the image encoder, which first learns to name things")
+    backbone_steps: int = _setting(800, "of the image encoder, which first learns to name things")
     align_steps: int = _setting(250, "of both encoders by the contrastive loss alone")
     pretrain_steps: int = _setting(300, "of all three objectives")
     filter_steps: int = _setting(250, "of the filter by ITC and ITM, on clean pairs")

@@ -16,10 +16,10 @@ from PIL import Image
 
 from blipfast.data import BlipTokenizer, ShardWriter, load_image, read_shards
 from blipfast.demo import artists as artists_module
-from blipfast.demo import scenes as scenes_module
 from blipfast.demo.artists import ATTRIBUTION, available_artists, require_artist, sprite
 from blipfast.demo.captions import Claim, Scene, Writer, draw_claim, falsify, vocabulary_texts
 from blipfast.demo.concepts import BACKGROUNDS, CONCEPTS, code_point
+from blipfast.demo.reading import is_right, read_claim
 from blipfast.demo.scenes import DemoData, build_demo_data, render
 from blipfast.errors import DataError
 
@@ -53,8 +53,19 @@ def test_claims_are_true_and_falsified_ones_are_not(scene: Scene, seed: int) -> 
     assert kind in ("object", "background", "relation")
     assert not wrong.true_of(scene)
     words = Writer(rng, prefix=0.5)
-    assert words.write(claim)
+    assert is_right(words.write(claim), scene)
+    assert not is_right(words.write(wrong), scene)
     assert len(words.write(wrong).split()) <= 24
+
+
+def test_reading_captions() -> None:
+    assert read_claim("A photo of an octopus below a red car on pink") == Claim(
+        ("car", "octopus"), "order", "above", "pink"
+    )
+    assert read_claim("three pandas") == Claim(("panda",) * 3)
+    for nonsense in ("", "a", "a cat a dog", "two cat and a dog", "a unicorn", "cat", "a cat on"):
+        assert read_claim(nonsense) is None
+        assert not is_right(nonsense, Scene(("cat",), "beside", "blue"))
 
 
 def test_claims_in_detail() -> None:
@@ -126,11 +137,24 @@ def test_noise_is_of_the_share_and_kinds_asked_for(data: DemoData) -> None:
 
 
 def test_test_scenes_are_new_combinations(data: DemoData) -> None:
-    def pairs(records: list[scenes_module.DemoRecord]) -> list[set[frozenset[str]]]:
-        return [{frozenset(p) for p in combinations(r.scene.objects, 2)} for r in records]
+    """Of things that no picture shows together, and no text, be it right or wrong, names so."""
 
-    seen = set().union(*pairs([*data.web, *data.clean, *data.val]))
-    assert all(own - seen for own in pairs(data.test))
+    def pairs(objects: tuple[str, ...]) -> set[frozenset[str]]:
+        return {frozenset(pair) for pair in combinations(objects, 2)}
+
+    seen: set[frozenset[str]] = set()
+    for record in [*data.web, *data.clean, *data.val]:
+        claim = read_claim(record.caption)
+        assert claim is not None
+        seen |= pairs(record.scene.objects) | pairs(claim.objects)
+    assert all(pairs(record.scene.objects) - seen for record in data.test)
+
+
+def test_wrong_texts_name_things_of_this_world() -> None:
+    few = build_demo_data(0, num_web=200, num_clean=0, num_val=0, num_test=1, num_concepts=10)
+    known = set(list(CONCEPTS)[:10])
+    claims = [read_claim(record.caption) for record in few.web]
+    assert all(claim is not None and set(claim.objects) <= known for claim in claims)
 
 
 def test_test_captions_fit_one_picture_each(
