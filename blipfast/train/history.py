@@ -11,11 +11,15 @@ from typing import Any
 
 from blipfast.errors import DataError
 
+_MOST = 20_000  # entries: some 4 MB of JSON in every checkpoint
+
 
 @dataclass
 class History:
     """One entry per finished step in `steps`, `total`, `lr`, `seconds`, `samples` and each loss.
 
+    Of long runs, older entries stand for two steps, then four, and so on: the last of them in
+    `steps` and `seconds`, their sum in `samples`, their mean over samples elsewhere.
     losses: by name ("itc", "itm", "lm"). total: their sum as it was minimised. grad_norm: before
     clipping. seconds: since the start, pauses between resumed parts left out. skipped: steps left
     out because a loss or gradient was not finite; they have no entry in the other lists.
@@ -43,6 +47,22 @@ class History:
         self.grad_norm.append(grad_norm)
         self.seconds.append(seconds)
         self.samples.append(samples)
+        if len(self.steps) > _MOST:
+            self._thin()
+
+    def _thin(self) -> None:
+        """Joins the older half's entries by pairs."""
+        half = len(self.steps) // 4 * 2
+        weights = list(zip(self.samples[:half:2], self.samples[1:half:2], strict=True))
+
+        def means(values: list[float]) -> list[float]:
+            pairs = zip(values[:half:2], values[1:half:2], weights, strict=False)
+            return [(a * n + b * m) / (n + m) for a, b, (n, m) in pairs] + values[half:]
+
+        self.total, self.lr, self.grad_norm = map(means, (self.total, self.lr, self.grad_norm))
+        self.losses = {name: means(values) for name, values in self.losses.items()}
+        self.steps[:half], self.seconds[:half] = self.steps[1:half:2], self.seconds[1:half:2]
+        self.samples[:half] = map(sum, weights)
 
     def last(self) -> dict[str, float]:
         """The last step's losses, learning rate and gradient norm, by names for a logger."""
