@@ -148,13 +148,17 @@ class _Job:
         with self._stage(f"measure ({name})"):
             k = min(s.top_k_rerank, len(self.data.test))
             found = measure_retrieval(model, self.data.test, self.tokenizer, k)
-            spoken = measure_captions(captioner, self.data.test, self.tokenizer, s.prompt)
+            spoken, known = (
+                measure_captions(captioner, records, self.tokenizer, s.prompt)
+                for records in (self.data.test, self.data.val)
+            )
         self._say(
             f"  {name}: R@5 by ITC {found.itc.tr_r5:.1f}/{found.itc.ir_r5:.1f}, re-ranked "
             f"{found.itm.tr_r5:.1f}/{found.itm.ir_r5:.1f} (chance {found.chance(5):.1f}), "
-            f"CIDEr {spoken.cider:.2f}, {spoken.right:.0%} of captions right"
+            f"CIDEr {spoken.cider:.2f}; of known pairs {known.cider:.2f}, {known.right:.0%} of "
+            "captions right"
         )
-        return Side(aligned, learnt, tuned, found, spoken, len(samples))
+        return Side(aligned, learnt, tuned, found, spoken, known, len(samples))
 
     def _capfilt(self) -> CapFiltReport:
         s = self.settings

@@ -106,9 +106,10 @@ def comparison_rows(result: DemoResult) -> list[Row]:
                 )
                 chance = result.noisy.retrieval.chance(k)
                 rows.append(Row(f"{words} R@{k}, {title}", noisy, better, chance))
-    before, after = result.noisy.captions, result.bootstrapped.captions
-    rows.append(Row("CIDEr", 100 * before.cider, 100 * after.cider))
-    rows.append(Row("captions with nothing wrong, %", 100 * before.right, 100 * after.right))
+    for kind, words in (("captions", "new pairs"), ("known_captions", "known pairs")):
+        before, after = (getattr(side, kind) for side in (result.noisy, result.bootstrapped))
+        rows.append(Row(f"CIDEr, {words}", 100 * before.cider, 100 * after.cider))
+        rows.append(Row(f"right captions, %, {words}", 100 * before.right, 100 * after.right))
     return rows
 
 

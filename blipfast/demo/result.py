@@ -16,13 +16,18 @@ from blipfast.train.history import History
 
 @dataclass
 class Side:
-    """One of the two models that are compared: "noisy" or "bootstrapped"."""
+    """One of the two models that are compared: "noisy" or "bootstrapped".
+
+    captions: of the test's pictures, whose pairs of things are new. known_captions: of new pictures
+    of pairs that training shows.
+    """
 
     alignment: History
     pretraining: History
     captioning: History
     retrieval: RetrievalResult
     captions: CaptionResult
+    known_captions: CaptionResult
     pairs: int
 
 
@@ -54,6 +59,8 @@ class DemoResult:
                 "itm": its.retrieval.itm.to_dict(),
                 "cider": its.captions.cider,
                 "right_captions": its.captions.right,
+                "known_cider": its.known_captions.cider,
+                "known_right_captions": its.known_captions.right,
                 "pairs": its.pairs,
                 "samples_per_second": its.pretraining.samples_per_second,
             }

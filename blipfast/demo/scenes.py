@@ -100,7 +100,7 @@ class DemoData:
     Attributes:
         web: noisy texts, for pre-training.
         clean: right texts, for fine-tuning the captioner and the filter.
-        val: noisy as `web` but other scenes, with known truth, to set the filter's threshold.
+        val: as `web`, but other scenes.
         test: held-out combinations, captions unique.
     """
 

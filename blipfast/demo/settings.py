@@ -29,7 +29,7 @@ class DemoSettings:
     num_concepts: int = _setting(24, "things that the scenes are composed of")
     num_web: int = _setting(6_000, "pairs with noisy texts")
     num_clean: int = _setting(1_200, "pairs with clean texts: all learn from them too")
-    num_val: int = _setting(400, "pairs on which the filter is watched")
+    num_val: int = _setting(400, "held-out pairs of known things together, to caption")
     num_test: int = _setting(250, "held-out pairs on which the models are compared")
     noise: float = _setting(0.4, "share of web texts that are wrong")
     hard_share: float = _setting(0.5, "of the wrong texts, the share with just one wrong detail")

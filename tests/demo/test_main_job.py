@@ -52,6 +52,18 @@ def test_shards_hold_what_the_manifest_accepts(result) -> None:
     assert result.noisy.pairs == TINY.num_web + TINY.num_clean
 
 
+def test_texts_are_checked_against_their_scenes(result) -> None:
+    """Of web texts the truth is known anyway; a caption is as right as its claim."""
+    web, synthetic = (result.texts[source] for source in ("web", "synthetic"))
+    records = {r.key: r for r in result.data.web}
+    assert (web.texts, synthetic.texts) == (TINY.num_web, TINY.num_web)
+    assert web.right == sum(r.is_correct for r in records.values()) / len(records)
+    kept = [r for r in read_manifest(result.capfilt.manifest) if r.accepted and r.source == "web"]
+    assert web.accepted == len(kept)
+    assert web.accepted_right == sum(records[r.key].is_correct for r in kept) / len(kept)
+    assert f"{100 * web.right:.0f}%" in result.page.read_text(encoding="utf-8")
+
+
 def test_the_three_losses_are_recorded(result) -> None:
     for side in (result.noisy, result.bootstrapped):
         assert set(side.pretraining.losses) == {"itc", "itm", "lm"}
