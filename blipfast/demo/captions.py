@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from blipfast.demo.concepts import BACKGROUNDS, CONCEPTS
+from blipfast.errors import DataError
 
 Layout = Literal["beside", "above"]
 Relation = Literal["none", "order", "between"]
@@ -93,6 +94,7 @@ def falsify(
 
     Kinds that the claim says nothing about are left out; an object can always be swapped.
     nouns: what it is swapped for. may_meet: whether things may be named together.
+    Raises DataError when no thing may be named in any object's place.
     """
     possible: list[NoiseKind] = ["object"] if "object" in kinds else []
     if "background" in kinds and claim.background is not None:
@@ -110,9 +112,15 @@ def falsify(
         else:
             objects[0], objects[1] = objects[1], objects[0]
         return replace(claim, objects=tuple(objects)), kind
-    old = objects[rng.integers(len(objects))]
-    swapped = [tuple(n if o == old else o for o in objects) for n in nouns if n not in objects]
-    swapped = [choice for choice in swapped if may_meet(choice)]
+
+    def swaps(old: str) -> list[tuple[str, ...]]:
+        new = [tuple(n if o == old else o for o in objects) for n in nouns if n not in objects]
+        return [choice for choice in new if may_meet(choice)]
+
+    swapped = swaps(objects[rng.integers(len(objects))])
+    swapped = swapped or [choice for old in objects for choice in swaps(old)]
+    if not swapped:
+        raise DataError(f"nothing may be named in the place of {objects}; ask for more concepts")
     return replace(claim, objects=swapped[rng.integers(len(swapped))]), kind
 
 

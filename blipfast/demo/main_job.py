@@ -103,8 +103,7 @@ class _Job:
         bootstrapped = self._side("bootstrapped", Samples.from_records(records) + clean, clean)
         result = DemoResult(
             settings, self.data, noisy, bootstrapped, naming, filtering, judged, texts, report,
-            decisions,
-            self.seconds, _machine(), self.parameters,
+            decisions, self.seconds, _machine(), self.parameters,
         )  # fmt: skip
         self._write(result)
         return result

@@ -19,7 +19,6 @@ from torch import Tensor
 from blipfast.errors import ShapeError
 from blipfast.ops import _native, _native_attention, _triton, _varlen_libraries
 from blipfast.ops._dispatch import Backends
-from blipfast.ops._native_attention import Options
 from blipfast.ops.dense import dense_attention, dense_self_attention
 from blipfast.ops.packing import Packing, gather_rows, lazy, scatter_rows
 
@@ -75,7 +74,9 @@ def _varlen_native(qkv: Tensor, packing: Packing, causal: bool, dropout_p: float
     forward_only = short and dropout_p == 0.0 and not wants_grad
     both_ways = _packed_why_not(qkv) is None and (short or _native_attention.slower(qkv) is None)
     if both_ways and not (forward_only and qkv.dtype == torch.float32):
-        options = Options(cu_seqlens=packing.cu_seqlens, is_causal=causal, dropout_p=dropout_p)
+        options = _native_attention.Options(
+            cu_seqlens=packing.cu_seqlens, is_causal=causal, dropout_p=dropout_p
+        )
         return _native_attention.self_attention(qkv, options)
     if not forward_only:
         return _varlen_torch(qkv, packing, causal, dropout_p)
@@ -263,7 +264,9 @@ def _cross_native(q: Tensor, k: Tensor, v: Tensor, plan: CrossPlan, dropout_p: f
     """A head of a set at a time, with the rows that look at it read and written where they lie."""
     if plan.num_kv * q.shape[1] < torch.get_num_threads():  # there is not a head for each thread
         return _cross_torch(q, k, v, plan, dropout_p)
-    options = Options(plan.kv_lengths, plan.grouped.cu_seqlens, plan.order, dropout_p=dropout_p)
+    options = _native_attention.Options(
+        plan.kv_lengths, plan.grouped.cu_seqlens, plan.order, dropout_p=dropout_p
+    )
     return _native_attention.attention(q, k, v, options)
 
 

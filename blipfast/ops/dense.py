@@ -18,7 +18,6 @@ from torch import Tensor
 from blipfast.errors import ShapeError
 from blipfast.ops import _native, _native_attention
 from blipfast.ops._dispatch import Backends
-from blipfast.ops._native_attention import Options
 from blipfast.ops._products import bf16_products
 from blipfast.ops.seeded_dropout import dropout
 
@@ -79,7 +78,7 @@ def dense_self_attention(
         options = {"key_lengths": key_lengths, "dropout_p": dropout_p, "is_causal": is_causal}
         return dense_attention(*heads, **options, impl=impl).transpose(1, 2)  # type: ignore[arg-type]
     return _native_attention.self_attention(
-        qkv, Options(key_lengths, is_causal=is_causal, dropout_p=dropout_p)
+        qkv, _native_attention.Options(key_lengths, is_causal=is_causal, dropout_p=dropout_p)
     )
 
 
@@ -93,7 +92,7 @@ def _slower_native(q: Tensor) -> str | None:
 def _dense_native(
     q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, dropout_p: float, is_causal: bool
 ) -> Tensor:
-    options = Options(key_lengths, is_causal=is_causal, dropout_p=dropout_p)
+    options = _native_attention.Options(key_lengths, is_causal=is_causal, dropout_p=dropout_p)
     return _native_attention.attention(q, k, v, options)
 
 

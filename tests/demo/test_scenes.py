@@ -58,6 +58,16 @@ def test_claims_are_true_and_falsified_ones_are_not(scene: Scene, seed: int) -> 
     assert len(words.write(wrong).split()) <= 24
 
 
+def test_no_wrong_thing_that_may_be_named() -> None:
+    scene = Scene(("cat", "dog"), "beside", "blue")
+    options = (Claim(("cat", "dog")), scene, np.random.default_rng(0), ("object",))
+    for _ in range(20):  # whatever it would have swapped first
+        wrong, _ = falsify(*options, ["cat", "dog", "pig"], lambda things: "cat" in things)
+        assert wrong.objects == ("cat", "pig")
+    with pytest.raises(DataError, match="more concepts"):
+        falsify(*options, ["cat", "dog"])
+
+
 def test_reading_captions() -> None:
     assert read_claim("A photo of an octopus below a red car on pink") == Claim(
         ("car", "octopus"), "order", "above", "pink"
