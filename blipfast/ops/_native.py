@@ -32,10 +32,16 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} does not load beside torch {torch.__version__}: {error}"
-    if not hasattr(torch.ops.blipfast_native, "attention_out"):
+    if not _is_current():
         return f"{LIBRARY.name} is of another version of blipfast; build it again (make native)"
     _register_fakes()
     return None
+
+
+def _is_current() -> bool:
+    """Whether the library has the operators as this version calls them, by the latest change."""
+    attend = getattr(torch.ops.blipfast_native, "attention_out", None)
+    return attend is not None and "cu_seqlens" in str(attend.default._schema)
 
 
 def _register_fakes() -> None:

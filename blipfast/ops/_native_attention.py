@@ -1,4 +1,4 @@
-"""Attention by the C++ operator, in both directions (`kernels/csrc/attention_*.cpp`).
+"""Attention by the C++ operator, in both directions (`kernels/csrc/attention*.cpp`).
 
 It has the scores of eight queries at a time and keeps none. Queries of several texts need no
 padding: `cu_seqlens` says where each text lies, and `order` which tokens those are.
