@@ -3,6 +3,7 @@
 python -m benchmarks                          # everything, about half an hour on two CPU cores
 python -m benchmarks --only rerank caption    # some of it
 python -m benchmarks --out results            # elsewhere than benchmarks/results
+python -m benchmarks --device cuda --dtype bf16               # what a GPU can show
 python -m benchmarks --op all --device cuda --dtype bf16      # every operator on a GPU
 python -m benchmarks --op cross_attention --backend torch     # one operator, one backend
 python -m benchmarks --op all --sweep         # time, memory and share of the roof over sizes
@@ -30,6 +31,7 @@ from benchmarks.bench_ops import OPTIONS_VAR
 from benchmarks.op_cases import CASES
 from benchmarks.report import Row, write_page
 from benchmarks.sweep_page import write_sweep_page
+from benchmarks.workloads import DEVICE_VAR
 from blipfast.ops._products import bf16_products
 
 HERE = Path(__file__).parent
@@ -42,14 +44,16 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument(
         "--op", nargs="+", choices=["all", *CASES], metavar="OP", help=", ".join(CASES)
     )
     parser.add_argument("--backend", default="all", help="names separated by commas")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of operators")
-    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of operators"
+    )
     parser.add_argument("--small", action="store_true", help="tiny operators, for the interpreter")
     parser.add_argument("--sweep", action="store_true", help="operators over sizes, with plots")
     arguments = parser.parse_args(argv)
@@ -57,20 +61,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("no GPU is visible to PyTorch; --small runs the kernels in the interpreter")
     if arguments.sweep and not arguments.op:
         arguments.op = ["all"]
-    if arguments.op:
-        arguments.only = ["ops"]
-        os.environ[OPTIONS_VAR] = json.dumps(
-            {
-                "op": list(CASES) if "all" in arguments.op else arguments.op,
-                **{
-                    name: getattr(arguments, name)
-                    for name in ("backend", "device", "dtype", "small", "sweep")
-                },
-            }
-        )
+    everything = [n for n in NAMES if n != "loader" or arguments.device == "cpu"]
+    only = ["ops"] if arguments.op else arguments.only or everything
+    op = list(CASES) if "all" in (arguments.op or ["all"]) else arguments.op
+    names = ("backend", "device", "dtype", "small", "sweep")
+    options = {"op": op, **{name: getattr(arguments, name) for name in names}}
+    os.environ |= {OPTIONS_VAR: json.dumps(options), DEVICE_VAR: arguments.device}
     parts, status = [], 0
     with tempfile.TemporaryDirectory() as folder:
-        for name in arguments.only:  # each in a process of its own, so that none inherits a heap
+        for name in only:  # each in a process of its own, so that none inherits a heap
             raw = Path(folder) / f"{name}.json"
             status |= run_file(HERE / f"bench_{name}.py", raw)
             if raw.exists():
@@ -82,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     kind = "-sweep" * arguments.sweep + "-interpreted" * arguments.small
     path = arguments.out / f"{slug(results['machine']['name'])}{kind}.json"
-    if path.exists() and arguments.only != NAMES:
+    if path.exists() and only != everything:
         results["rows"] = merged(json.loads(path.read_text())["rows"], results["rows"])
     path.write_text(json.dumps(results, indent=1) + "\n")
     page = (write_sweep_page if arguments.sweep else write_page)(results, path.with_suffix(""))

@@ -25,7 +25,8 @@ from blipfast.models.config import blip_config
 from blipfast.tasks.caption import BlipForCaptioning
 from blipfast.tasks.retrieval import BlipForRetrieval
 
-IMAGES, SIDE, BATCH, SEP_ID = 16, 384, 8, 102
+IMAGES, BATCH = workloads.sized((16, 8), (128, 32))
+SIDE, SEP_ID = 384, 102
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Captions, and for the web texts and for the captions the scores `(2, IMAGES, 2)` by ITM and ITC.
@@ -50,10 +51,12 @@ class Setting:
         with torch.no_grad():
             captioner.lm_head.decoder.bias[SEP_ID] = 3.2
             judge.itm_head.weight.mul_(20)
-        self.their_captioner = theirs.twin_of(captioner, BlipForConditionalGeneration).to(dtype)
-        self.their_filter = theirs.twin_of(judge, BlipForImageTextRetrieval).to(dtype)
+        self.their_captioner = theirs.twin_of(captioner, BlipForConditionalGeneration)
+        self.their_filter = theirs.twin_of(judge, BlipForImageTextRetrieval)
+        for model in (self.their_captioner, self.their_filter):
+            model.to(workloads.DEVICE, dtype)
         self.settings = CapFiltConfig(
-            batch_size=BATCH, device="cpu", unit=IMAGES,
+            batch_size=BATCH, device=workloads.DEVICE.type, unit=IMAGES,
             precision="fp32" if dtype == torch.float32 else "bf16",
         )  # fmt: skip
         self.tokenizer = vocabulary()
@@ -76,16 +79,21 @@ class Setting:
         scores = [[[*text.itm, *text.itc] for text in row.texts] for row in rows]  # type: ignore[misc]
         return [row.texts[1].text for row in rows], torch.tensor(scores).transpose(0, 1)
 
+    def batch(self, start: int) -> torch.Tensor:
+        pixels = torch.from_numpy(self.pixels[start : start + BATCH]).to(workloads.DEVICE)
+        return normalise(pixels).to(self.dtype)
+
     @torch.no_grad()
     def transformers(self, *, itc: bool = True) -> Result:
         captions: list[str] = []
         scores = []
         prompt = self.tokenizer(self.settings.prompt, kind="raw").input_ids
         for start in range(0, IMAGES, BATCH):
-            pixels = normalise(torch.from_numpy(self.pixels[start : start + BATCH])).to(self.dtype)
+            pixels = self.batch(start)
+            prompts = prompt.repeat(len(pixels), 1).to(workloads.DEVICE)
             ids = self.their_captioner.generate(
-                pixel_values=pixels, input_ids=prompt.repeat(len(pixels), 1), do_sample=True,
-                top_p=0.9, top_k=50, repetition_penalty=1.1, max_length=20, min_length=5,
+                pixel_values=pixels, input_ids=prompts, do_sample=True, top_p=0.9,
+                top_k=50, repetition_penalty=1.1, max_length=20, min_length=5,
             )  # fmt: skip
             rows = [self.tokenizer.decode(row[4:].tolist()) for row in ids]
             captions += rows
@@ -96,23 +104,21 @@ class Setting:
     def their_scores(self, pixels: torch.Tensor, texts: list[str], itc: bool) -> torch.Tensor:
         """`(B, 1)` ITM probabilities, or `(B, 2)` with cosines, of each image with its text."""
         batch = self.tokenizer(texts, max_length=35)
-        mask = batch.attention_mask
-        ids = batch.input_ids.clone()
+        words, mask = (x.to(workloads.DEVICE) for x in (batch.input_ids, batch.attention_mask))
+        ids = words.clone()
         ids[:, 0] = self.tokenizer.enc_token_id
         scores = [self.their_filter(ids, pixels, attention_mask=mask).itm_score.softmax(-1)[:, 1]]
         if itc:
-            found = self.their_filter(
-                batch.input_ids, pixels, attention_mask=mask, use_itm_head=False
-            )
+            found = self.their_filter(words, pixels, attention_mask=mask, use_itm_head=False)
             scores.append(found.itm_score.diagonal())
-        return torch.stack(scores, dim=1).float()
+        return torch.stack(scores, dim=1).float().cpu()
 
     @torch.no_grad()
     def check(self) -> None:
         """The same scores of the same texts, whose lengths differ."""
         captions, scores = self.blipfast()
         assert len({len(text.split()) for text in captions}) > 3, "captions of one length"
-        pixels = normalise(torch.from_numpy(self.pixels[:BATCH])).to(self.dtype)
+        pixels = self.batch(0)
         atol = 1e-4 if self.dtype == torch.float32 else 0.05
         for ours, texts in zip(scores, (self.web, captions), strict=True):
             expected = self.their_scores(pixels, texts[:BATCH], itc=True)
@@ -136,4 +142,4 @@ def test_capfilt(benchmark: Any, setting: tuple[str, Setting], code: str) -> Non
     }
     benchmark.group = f"CapFilt, {IMAGES} images, 1 caption and the scores of 2 texts each, {dtype}"
     benchmark.extra_info.update(code=code, images=IMAGES)
-    benchmark.pedantic(runs[code], rounds=3, warmup_rounds=0)
+    benchmark.pedantic(workloads.finished(runs[code]), rounds=3, warmup_rounds=0)

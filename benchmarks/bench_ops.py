@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.memory import extra_peak
+from benchmarks.memory import extra_peak, extra_peak_of_card
 from benchmarks.op_cases import CASES, SWEEPS, Case, Setting, assert_same, codes_of
-from benchmarks.roofline import Roof, measure, synchronize
+from benchmarks.roofline import Roof, measure, seconds_on_card, synchronize
 
 OPTIONS_VAR = "BLIPFAST_BENCH_OPS"
 OPTIONS: dict[str, Any] = {
@@ -66,15 +66,13 @@ def test_op(benchmark: Any, op: str, index: int, code: str) -> None:
     if case.size:
         benchmark.extra_info.update(op=op, axis=case.axis, size=case.size)
     benchmark.pedantic(timed, rounds=ROUNDS, warmup_rounds=1 if SETTING.small else 3)
-    floor = roof().floor(case.bytes, case.flops)
-    benchmark.extra_info["share_of_roof"] = floor / benchmark.stats.stats.median
+    seconds = benchmark.stats.stats.median
+    if SETTING.device.type == "cuda":  # beside the time that a caller waits
+        seconds = seconds_on_card(run)
+        benchmark.extra_info["microseconds_on_card"] = 1e6 * seconds
+    benchmark.extra_info["share_of_roof"] = roof().floor(case.bytes, case.flops) / seconds
 
 
 def _peak(run: Callable[[], None]) -> float:
     """MiB that a call needs on top of its inputs."""
-    if SETTING.device.type != "cuda":
-        return extra_peak(run)
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return extra_peak_of_card(run) if SETTING.device.type == "cuda" else extra_peak(run)

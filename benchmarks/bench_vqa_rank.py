@@ -1,4 +1,4 @@
-"""VQA ranking: two questions at 480 px, 128 of 3,128 candidate answers.
+"""VQA ranking: two questions (on a GPU eight) at 480 px, 128 of 3,128 candidate answers.
 
 The baseline ranks as the original does, by PyTorch's layers with the same weights: question states
 and K/V repeated for each candidate, answers padded, logits over the whole vocabulary.
@@ -20,7 +20,8 @@ from blipfast.models.config import blip_config
 from blipfast.ops import use_backend
 from blipfast.tasks.vqa import BlipForVQA
 
-QUESTIONS, ANSWERS, K = 2, 3_128, 128
+QUESTIONS, ANSWERS, K = workloads.sized(2, 8), 3_128, 128
+ROUNDS = workloads.sized(3, 9)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -37,10 +38,11 @@ def setting(request: pytest.FixtureRequest) -> dict[str, Any]:
     torch.manual_seed(0)
     dtype = DTYPES[request.param]
     model = BlipForVQA(blip_config("blip_base", image_size=480)).eval().to(dtype)
-    ids, answer_mask = answer_texts()
+    pixels, ids, answer_mask, question_ids, question_mask = workloads.placed(
+        model, workloads.images(QUESTIONS, 480).to(dtype), *answer_texts(),
+        *workloads.texts([11, 8, 12, 9, 7, 14, 10, 8][:QUESTIONS]),
+    )  # fmt: skip
     answers = PackedText.from_padded(ids, answer_mask)
-    question_ids, question_mask = workloads.texts([11, 8])
-    pixels = workloads.images(QUESTIONS, 480).to(dtype)
     with torch.no_grad():
         states = model.encode_question(pixels, question_ids, question_mask)
 
@@ -71,4 +73,4 @@ def setting(request: pytest.FixtureRequest) -> dict[str, Any]:
 def test_vqa_rank(benchmark: Any, setting: dict[str, Any], code: str) -> None:
     benchmark.group = f"VQA ranking, {QUESTIONS} x {K} answers, text side, {setting['dtype']}"
     benchmark.extra_info.update(code=code)
-    benchmark.pedantic(setting["runs"][code], rounds=3, warmup_rounds=1)
+    benchmark.pedantic(workloads.finished(setting["runs"][code]), rounds=ROUNDS, warmup_rounds=1)

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from blipfast.environment import keep_freed_memory
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +42,14 @@ def extra_peak(run: Callable[[], object]) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     run()
     return _resident("VmHWM") - before
+
+
+def extra_peak_of_card(run: Callable[[], object]) -> float:
+    """MiB of the current card that a call needs on top of what is there already."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _resident(field: str) -> float:

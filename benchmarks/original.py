@@ -68,7 +68,8 @@ def draw_negatives(sim_i2t: Tensor, sim_t2i: Tensor) -> Negatives:
     weights_t2i.fill_diagonal_(0)
     images = [int(torch.multinomial(weights_t2i[i].float(), 1).item()) for i in range(batch)]
     texts = [int(torch.multinomial(weights_i2t[i].float(), 1).item()) for i in range(batch)]
-    return Negatives(torch.tensor(images), torch.tensor(texts))
+    device = sim_i2t.device
+    return Negatives(torch.tensor(images, device=device), torch.tensor(texts, device=device))
 
 
 @use_backend(linear="torch", feed_forward="torch", dropout="torch")
@@ -93,7 +94,7 @@ def pretrain_losses(
         _, image_feat_m, text_feat_m = features(model.twin, pixel_values, ids, mask)
         image_keys = torch.cat([image_feat_m, model.queue.image_queue.clone()])
         text_keys = torch.cat([text_feat_m, model.queue.text_queue.clone()])
-        own = torch.zeros(len(ids), len(text_keys))
+        own = torch.zeros(len(ids), len(text_keys), device=ids.device)
         own.fill_diagonal_(1)
         soft_i2t = F.softmax(image_feat_m @ text_keys.T / model.temp, dim=1)
         soft_t2i = F.softmax(text_feat_m @ image_keys.T / model.temp, dim=1)
@@ -126,7 +127,7 @@ def ground(
         torch.cat([mask, mask[text_index]]),
         cross_embeds=torch.cat([embeds[image_index], embeds]),
     )[:, 0]
-    labels = torch.cat([torch.ones(len(ids)), torch.zeros(2 * len(ids))]).long()
+    labels = (torch.arange(3 * len(ids), device=ids.device) < len(ids)).long()
     loss_itm = F.cross_entropy(model.itm_head(torch.cat([positive, negative])), labels)
 
     decoder_ids = ids.clone()

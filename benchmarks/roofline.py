@@ -6,6 +6,7 @@ machine's PyTorch reaches.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,22 @@ def measure(device: torch.device, dtype: torch.dtype) -> Roof:
     a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     product = _best(lambda: linear(a, b), device)
     return Roof(2 * 4 * size / copy, 2 * side**3 / product)
+
+
+def seconds_on_card(run: Callable[[], object], rounds: int = 10) -> float:
+    """Median of the card's own time, with no input in its cache and every launch queued ahead."""
+    other = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        other.zero_()
+        torch.cuda._sleep(20_000_000)  # about ten milliseconds, in which launches gather
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1e-3 * start.elapsed_time(end))
+    return statistics.median(times)
 
 
 def _best(run: Callable[[], object], device: torch.device) -> float:

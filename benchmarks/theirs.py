@@ -34,7 +34,7 @@ def match_logits(
         input_ids=ids,
         attention_mask=mask,
         encoder_hidden_states=embeds.expand(count, -1, -1),
-        encoder_attention_mask=torch.ones(count, tokens, dtype=torch.long),
+        encoder_attention_mask=mask.new_ones(count, tokens),
     )[0]
     return model.itm_head(hidden[:, 0])
 
@@ -44,7 +44,7 @@ def caption_ids(
     model: transformers.BlipForConditionalGeneration, embeds: Tensor, prompt: Tensor
 ) -> Tensor:
     """Beam-3 captions of at most 20 tokens, of encoded images `(B, S, D)`."""
-    mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     return model.text_decoder.generate(
         input_ids=prompt.expand(len(embeds), -1),
         eos_token_id=102,

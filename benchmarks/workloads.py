@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+T = TypeVar("T")
+DEVICE_VAR = "BLIPFAST_BENCH_DEVICE"
+DEVICE = torch.device(os.environ.get(DEVICE_VAR, "cpu"))
 
 # Tokens of a caption with its two special ones: COCO's mean is 13.5, most lie between 10 and 17.
 _MEAN, _SPREAD, _SHORTEST, _LONGEST = 13.5, 2.5, 9, 30
+
+
+def sized(on_cpu: T, on_cuda: T) -> T:
+    """What fills the device that is measured."""
+    return on_cuda if DEVICE.type == "cuda" else on_cpu
+
+
+def placed(model: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Moves a model, and copies tensors, to the device that is measured."""
+    model.to(DEVICE)
+    return tuple(x.to(DEVICE) for x in tensors)
+
+
+def finished(run: Callable[[], T]) -> Callable[[], T]:
+    """`run`, and a wait for the device's end."""
+
+    def whole() -> T:
+        result = run()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    return whole
 
 
 def caption_lengths(count: int, seed: int = 0) -> list[int]:

@@ -85,11 +85,12 @@ class PatchEmbed(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         proj = self.proj
-        autocast = torch.is_autocast_enabled(pixel_values.device.type)
-        if proj.weight.dtype == torch.float32 and not autocast:
+        full = proj.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if full and pixel_values.is_cpu:
             return proj(pixel_values).flatten(2).transpose(1, 2)
         # The patches do not overlap: one matrix product, whose backward is several times as fast in
-        # bf16. In float32 it is not, and the convolution's rounding is the original's.
+        # bf16, and which on a GPU is of the precision asked for, where convolutions take TF32. In
+        # float32 a CPU gains nothing, and the convolution's rounding is the original's.
         patches = F.pixel_unshuffle(pixel_values, proj.kernel_size[0]).flatten(2).transpose(1, 2)
         return linear(patches, proj.weight.flatten(1), proj.bias)
 

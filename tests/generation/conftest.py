@@ -20,14 +20,16 @@ REFERENCE = Path(__file__).parent.parent / "fixtures" / "reference"
 
 
 @pytest.fixture
-def reference() -> Callable[[str], tuple[Any, dict[str, Tensor], dict[str, Any]]]:
+def reference(
+    device: torch.device,
+) -> Callable[[str], tuple[Any, dict[str, Tensor], dict[str, Any]]]:
     """`name` to the original's model, its recorded tensors and the options it was run with."""
 
     def load(name: str) -> tuple[Any, dict[str, Tensor], dict[str, Any]]:
         folder = REFERENCE / name
-        model = load_model(folder / "checkpoint.pth", name)
+        model = load_model(folder / "checkpoint.pth", name, device=device)
         meta = json.loads((folder / "golden.json").read_text())
-        return model, load_file(folder / "golden.safetensors"), meta
+        return model, load_file(folder / "golden.safetensors", str(device)), meta
 
     return load
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from blipfast import load_model
 from blipfast.checkpoints.mapping import to_foreign
 from blipfast.checkpoints.save import layout_of
 from blipfast.models.blip import Blip, PackedText
@@ -42,13 +44,19 @@ class Golden:
 
 
 @pytest.fixture
-def golden() -> Callable[..., Golden]:
+def golden(device: torch.device) -> Callable[..., Golden]:
     def load(name: str, part: str = "golden") -> Golden:
         folder = REFERENCE / name
         meta = json.loads((folder / f"{part}.json").read_text())
-        return Golden(load_file(folder / f"{part}.safetensors"), meta)
+        return Golden(load_file(folder / f"{part}.safetensors", str(device)), meta)
 
     return load
+
+
+@pytest.fixture
+def load(device: torch.device) -> Callable[..., Any]:
+    """`load_model`, to where the tests run (`pytest --device cuda`)."""
+    return functools.partial(load_model, device=device)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blipfast import load_model
 from blipfast.checkpoints import original_state_dict
 from blipfast.models.streams import run_streams
 
@@ -21,9 +20,9 @@ def _step(model, golden):
     )
 
 
-def test_step_on_two_pairs(golden, checkpoint, check) -> None:
+def test_step_on_two_pairs(golden, checkpoint, load, check) -> None:
     g = golden("pretrain")
-    model = load_model(checkpoint("pretrain"))
+    model = load(checkpoint("pretrain"))
     before = model.text_decoder.lm_head(
         run_streams(
             [model.decoder_stream(g.packed(), range(2))],
@@ -43,9 +42,9 @@ def test_step_on_two_pairs(golden, checkpoint, check) -> None:
     check.gradients(model, g)
 
 
-def test_state_after_the_step(golden, checkpoint, check) -> None:
+def test_state_after_the_step(golden, checkpoint, load, check) -> None:
     g = golden("pretrain")
-    model = load_model(checkpoint("pretrain"))
+    model = load(checkpoint("pretrain"))
     with torch.no_grad():
         _step(model, g)
         image_embeds, text = model.encode_image(g["image"]), g.packed()
@@ -75,9 +74,9 @@ def test_state_after_the_step(golden, checkpoint, check) -> None:
         )
 
 
-def test_step_on_four_pairs_with_the_queue_wrapping(golden, checkpoint, check) -> None:
+def test_step_on_four_pairs_with_the_queue_wrapping(golden, checkpoint, load, check) -> None:
     g = golden("pretrain_batch4")
-    model = load_model(checkpoint("pretrain"))
+    model = load(checkpoint("pretrain"))
     model.queue.ptr.fill_(g.meta["queue_ptr_before"])
     out = _step(model, g)
     check.loss(out.loss_itc, g["out.loss_ita"])
@@ -90,9 +89,9 @@ def test_step_on_four_pairs_with_the_queue_wrapping(golden, checkpoint, check) -
 
 
 @pytest.mark.parametrize("size", [24, 48])
-def test_positions_at_another_image_size(golden, checkpoint, check, size: int) -> None:
+def test_positions_at_another_image_size(golden, checkpoint, load, check, size: int) -> None:
     g = golden("pos_embed_interpolation")
-    model, report = load_model(checkpoint("pretrain"), image_size=size, return_report=True)
+    model, report = load(checkpoint("pretrain"), image_size=size, return_report=True)
     assert report.interpolated == ["visual_encoder.pos_embed", "twin.visual_encoder.pos_embed"]
     check.features(model.visual_encoder.pos_embed, g[f"out.pos_embed_{size}"])
     with torch.no_grad():
@@ -100,9 +99,9 @@ def test_positions_at_another_image_size(golden, checkpoint, check, size: int) -
     check.features(embeds, g[f"out.image_embeds_{size}"])
 
 
-def test_feature_extractor(golden, checkpoint, check) -> None:
+def test_feature_extractor(golden, checkpoint, load, check) -> None:
     g = golden("feature_extractor")
-    model = load_model(checkpoint("pretrain"), "features")
+    model = load(checkpoint("pretrain"), "features")
     with torch.no_grad():
         ids, mask = g.text()
         check.features(model.image(g["image"]), g["out.image"])

@@ -12,15 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blipfast import load_model
 from blipfast.checkpoints import original_state_dict
 from blipfast.evaluation.retrieval import recall_metrics, score_retrieval
 from blipfast.models.streams import run_streams
 
 
-def test_step_and_state(golden, checkpoint, check) -> None:
+def test_step_and_state(golden, checkpoint, load, check) -> None:
     g = golden("retrieval")
-    model = load_model(checkpoint("retrieval"), train_state=True, negatives_from_all_ranks=False)
+    model = load(checkpoint("retrieval"), train_state=True, negatives_from_all_ranks=False)
     out = model(
         g["image"],
         *g.text(),
@@ -56,9 +55,9 @@ def test_step_and_state(golden, checkpoint, check) -> None:
         check.features(text_feat_m, g["after.text_feat_m"])
 
 
-def test_negatives_are_drawn_where_the_original_could(golden, checkpoint) -> None:
+def test_negatives_are_drawn_where_the_original_could(golden, checkpoint, load) -> None:
     g = golden("retrieval")
-    model = load_model(checkpoint("retrieval"), train_state=True)
+    model = load(checkpoint("retrieval"), train_state=True)
     weights = g["out.neg_weights"]
     for step in range(8):
         with torch.no_grad():
@@ -69,10 +68,10 @@ def test_negatives_are_drawn_where_the_original_could(golden, checkpoint) -> Non
         assert (weights.gather(1, drawn[:, None]) > 0).all()
 
 
-def test_scorer_that_keeps_cls(golden, checkpoint, check) -> None:
+def test_scorer_that_keeps_cls(golden, checkpoint, load, check) -> None:
     """The original's demo class leaves [CLS] where training put [ENC]."""
     g = golden("itm")
-    model = load_model(checkpoint("retrieval"), "retrieval")
+    model = load(checkpoint("retrieval"), "retrieval")
     text = g.packed()
     with torch.no_grad():
         embeds = model.encode_image(g["image"])
@@ -85,9 +84,9 @@ def test_scorer_that_keeps_cls(golden, checkpoint, check) -> None:
     check.features(similarity, g["out.itc_sim"])
 
 
-def test_two_stage_evaluation(golden, checkpoint, check) -> None:
+def test_two_stage_evaluation(golden, checkpoint, load, check) -> None:
     g = golden("retrieval_eval")
-    model = load_model(checkpoint("retrieval"), "retrieval")
+    model = load(checkpoint("retrieval"), "retrieval")
     text = g.packed()
     with torch.no_grad():
         embeds = model.encode_image(g["image"])

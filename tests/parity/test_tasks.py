@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blipfast import load_model
 from blipfast.models.blip import PackedText
 from blipfast.models.streams import run_streams
 
 
-def test_caption(golden, checkpoint, check) -> None:
+def test_caption(golden, checkpoint, load, check) -> None:
     g = golden("caption")
-    model = load_model(checkpoint("caption"))
+    model = load(checkpoint("caption"))
     ids, mask = g.text()
     prompt_length = g["prompt_ids"].shape[1]
     out = model(g["image"][:2], ids, mask, prompt_length=prompt_length)
@@ -30,9 +29,9 @@ def test_caption(golden, checkpoint, check) -> None:
         check.features(prompt.packing.pad(logits), g["out.prompt_logits"])
 
 
-def test_vqa_training(golden, checkpoint, check) -> None:
+def test_vqa_training(golden, checkpoint, load, check) -> None:
     g = golden("vqa")
-    model = load_model(checkpoint("vqa"))
+    model = load(checkpoint("vqa"))
     question, answers = g.text("train.question"), g.text("train.answer")
     out = model(
         g["image"][:2],
@@ -52,9 +51,9 @@ def test_vqa_training(golden, checkpoint, check) -> None:
 
 
 @pytest.mark.parametrize("k", [8, 22])
-def test_vqa_ranking(golden, checkpoint, k: int) -> None:
+def test_vqa_ranking(golden, checkpoint, load, k: int) -> None:
     g = golden("vqa")
-    model = load_model(checkpoint("vqa"))
+    model = load(checkpoint("vqa"))
     answers = g.packed("rank.answers")
     with torch.no_grad():
         states = model.encode_question(g["image"], *g.text("rank.question"))
@@ -87,9 +86,9 @@ def test_vqa_ranking(golden, checkpoint, k: int) -> None:
         assert both == sorted(both, key=loss_of.__getitem__)
 
 
-def test_nlvr(golden, checkpoint, check) -> None:
+def test_nlvr(golden, checkpoint, load, check) -> None:
     g = golden("nlvr")
-    model = load_model(checkpoint("nlvr"))
+    model = load(checkpoint("nlvr"))
     pairs = torch.stack(g["image"].chunk(2), dim=1)  # first images, then second images
     out = model(pairs, *g.text(), labels=g["targets"])
     check.features(out.logits, g["out.logits"])
@@ -98,18 +97,18 @@ def test_nlvr(golden, checkpoint, check) -> None:
     check.gradients(model, g)
 
 
-def test_nlvr_tells_its_images_apart(golden, checkpoint) -> None:
+def test_nlvr_tells_its_images_apart(golden, checkpoint, load) -> None:
     g = golden("nlvr")
-    model = load_model(checkpoint("nlvr"))
+    model = load(checkpoint("nlvr"))
     pairs = torch.stack(g["image"].chunk(2), dim=1)
     with torch.no_grad():
         swapped = model(pairs.flip(1), *g.text()).logits
     assert not torch.allclose(swapped, g["out.logits"], atol=1e-3)
 
 
-def test_decoder_sees_nothing_ahead(golden, checkpoint) -> None:
+def test_decoder_sees_nothing_ahead(golden, checkpoint, load) -> None:
     g = golden("caption")
-    model = load_model(checkpoint("caption"))
+    model = load(checkpoint("caption"))
     text = g.packed()
     changed = text.input_ids.clone()
     last = text.packing.first_tokens + text.packing.lengths_tensor - 1

@@ -1,4 +1,4 @@
-"""Runs each file of `interpreted/` under TRITON_INTERPRET=1, in a process of its own.
+"""Runs each file of `checks/` under TRITON_INTERPRET=1, in a process of its own.
 
 Triton decides when it is imported whether it interprets, so the variable may not be set here, where
 other tests of the same worker compile kernels.
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-HERE = Path(__file__).parent / "interpreted"
+HERE = Path(__file__).parent / "checks"
 
 
 @pytest.mark.parametrize("file", sorted(HERE.glob("check_*.py")), ids=lambda path: path.stem)

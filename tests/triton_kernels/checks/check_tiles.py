@@ -1,4 +1,4 @@
-"""Every tile that a kernel may run with, and the choice between them, in the interpreter."""
+"""Every tile that a kernel may run with, and the choice between them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from blipfast.kernels import tiles
+from place import DEVICE, IMPL, INTERPRETED
 
 from blipfast.cli import main
 from blipfast.ops import tuning
-
-CPU = torch.device("cpu")
-IMPL = "triton_interpreter"
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +33,7 @@ def test_candidates_compute_the_same(dtype: torch.dtype) -> None:
         with tiles.nth_candidate(place), tiles.observed() as found:
             # Dropout and draws do not depend on tiles, so one seed serves all.
             results = []
-            for run in tuning.jobs(CPU, dtype, IMPL, small=True):
+            for run in tuning.jobs(DEVICE, dtype, IMPL, small=True):
                 torch.manual_seed(1)
                 outputs = run()
                 results.append(outputs if isinstance(outputs, tuple) else (outputs,))
@@ -53,30 +51,31 @@ def test_candidates_compute_the_same(dtype: torch.dtype) -> None:
 def test_tuning_writes_what_launches_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter(range(1000, 0, -1))  # each candidate faster than the one before
     monkeypatch.setattr(tuning, "_seconds", lambda run, device: (run(), next(times))[1])
-    found = list(tuning.tune(CPU, [torch.float16], small=True))
+    found = list(tuning.tune(DEVICE, [torch.float16], small=True))
     assert all(
         one.chosen == one.candidates[-1 if one.seconds[-1] < 0.98 * one.seconds[0] else 0]
         for one in found
     )
     slow = [one for one in found if one.seconds[-1] < 0.98 * one.seconds[0]]
-    path = tuning.write(CPU, found)
+    path = tuning.write(DEVICE, found)
     assert path.parent == folder
-    assert path.name.startswith("interpreter-triton-")
+    card = "interpreter" if INTERPRETED else torch.cuda.get_device_name()
+    assert path.name.startswith("".join(c if c.isalnum() else "-" for c in card.lower()))
     assert [p.name for p in folder.iterdir()] == [path.name]
-    assert json.loads(path.read_text())["card"] == "interpreter"
+    assert json.loads(path.read_text())["card"] == card
     for one in slow or found:
         chosen = tiles.choose(one.kernel, one.key, one.candidates, torch.empty(0))
         assert chosen == one.chosen
     # Another key's choice is added, and what is there stays.
     other = {("linear_cross_entropy", "fp32"): {"BLOCK_V": 1024, "num_warps": 4, "num_stages": 3}}
-    tiles.write(CPU, {}, other)
-    table = tiles.table(CPU)
+    tiles.write(DEVICE, {}, other)
+    table = tiles.table(DEVICE)
     assert table["linear_cross_entropy"]["fp32"]["BLOCK_V"] == 1024
     assert table[found[0].kernel][found[0].key] == found[0].chosen
 
 
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tune", "--device", "cpu", "--small", "--dtypes", "[fp16]"]) == 0
+    assert main(["tune", "--device", DEVICE.type, "--small", "--dtypes", "[fp16]"]) == 0
     out = capsys.readouterr().out
     (path,) = folder.iterdir()
     assert out.splitlines()[-1] == str(path)

@@ -1,4 +1,4 @@
-"""The cross-attention kernels in the interpreter against the formula in float64."""
+"""The cross-attention kernels against the formula in float64."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from blipfast.kernels.cross_attention import cross_attention as kernel
+from place import DEVICE, IMPL, INTERPRETED
 from torch import Tensor
 
 from blipfast.errors import BackendError
@@ -32,6 +33,20 @@ CASES: dict[str, tuple[list[int], list[int], int, int, int]] = {
     "padded width": ([3, 4], [0, 1], 2, 17, 80),
 }
 
+if not INTERPRETED:  # BLIP's own sizes
+    CASES |= {
+        "a pre-training batch": (
+            [9 + i % 9 for i in range(96)],
+            [i % 24 for i in range(96)],
+            24,
+            197,
+            64,
+        ),
+        "re-ranking": ([9 + i % 9 for i in range(128)], [0] * 128, 1, 577, 64),
+        "eight frames": ([12, 14, 9], [0, 1, 0], 2, 4_616, 64),
+        "two large images": ([30, 11], [1, 0], 2, 901, 128),
+    }
+
 
 def run(inputs: list[Tensor], weights: Tensor, plan: CrossPlan, impl: str) -> list[Tensor]:
     """Output and gradients."""
@@ -44,7 +59,7 @@ def make(
     case: tuple[list[int], list[int], int, int, int], dtype: torch.dtype, masked: bool
 ) -> tuple[list[Tensor], Tensor, CrossPlan]:
     lengths, kv_index, num_kv, num_keys, dim = case
-    packing = Packing.from_lengths(lengths)
+    packing = Packing.from_lengths(lengths, DEVICE)
     kv_lengths = (torch.arange(num_kv) * 5 + 6) % num_keys + 1 if masked else None
     plan = CrossPlan.build(packing, kv_index, num_kv, kv_lengths)
     inputs = [torch.randn(packing.total, 2, dim), *torch.randn(2, num_kv, 2, num_keys, dim)]
@@ -56,7 +71,7 @@ def make(
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_output_and_gradients(case: Any, masked: bool, dtype: torch.dtype, assert_no_worse) -> None:
     inputs, weights, plan = make(case, dtype, masked)
-    ours = run(inputs, weights, plan, "triton_interpreter")
+    ours = run(inputs, weights, plan, IMPL)
     plain = run(inputs, weights, plan, "reference")
     exact = run([x.double() for x in inputs], weights, plan, "reference")
     for name, *values in zip(["out", "dq", "dk", "dv"], ours, plain, exact, strict=True):
@@ -72,7 +87,7 @@ def test_random_shapes(seed: int, assert_no_worse) -> None:
     index = [draw.randrange(num_kv) for _ in lengths]
     case = (lengths, index, num_kv, draw.randint(1, 70), draw.choice([16, 32, 40, 64, 96]))
     inputs, weights, plan = make(case, dtype, draw.random() < 0.5)
-    ours = run(inputs, weights, plan, "triton_interpreter")
+    ours = run(inputs, weights, plan, IMPL)
     plain = run(inputs, weights, plan, "reference")
     exact = run([x.double() for x in inputs], weights, plan, "reference")
     for name, *values in zip(["out", "dq", "dk", "dv"], ours, plain, exact, strict=True):
@@ -81,7 +96,7 @@ def test_random_shapes(seed: int, assert_no_worse) -> None:
 
 def test_any_strides() -> None:
     inputs, weights, plan = make(CASES["shuffled, one image alone"], torch.float32, True)
-    dense = run(inputs, weights, plan, "triton_interpreter")
+    dense = run(inputs, weights, plan, IMPL)
     q, k, v = inputs
     wide = torch.full((q.shape[0], 3, *q.shape[1:]), float("nan"))
     wide[:, 1] = q
@@ -89,34 +104,32 @@ def test_any_strides() -> None:
     kv[:, :, 0, :, ::2], kv[:, :, 1, :, ::2] = k.transpose(1, 2), v.transpose(1, 2)
     strided = [wide[:, 1], *(kv[:, :, i, :, ::2].transpose(1, 2) for i in range(2))]
     assert all(torch.equal(a, b) for a, b in zip(strided, inputs, strict=True))
-    for a, b in zip(run(strided, weights, plan, "triton_interpreter"), dense, strict=True):
+    for a, b in zip(run(strided, weights, plan, IMPL), dense, strict=True):
         assert torch.equal(a, b)
     one = torch.ones(1, 1, 1).expand_as(weights)
-    expanded = run(inputs, one, plan, "triton_interpreter")
-    for a, b in zip(
-        expanded, run(inputs, one.contiguous(), plan, "triton_interpreter"), strict=True
-    ):
+    expanded = run(inputs, one, plan, IMPL)
+    for a, b in zip(expanded, run(inputs, one.contiguous(), plan, IMPL), strict=True):
         assert torch.equal(a, b)
 
 
 def test_shared_key_values_may_be_one_expanded_tensor() -> None:
     inputs, weights, _ = make(([4, 3], [0, 1], 2, 9, 32), torch.float32, False)
-    plan = CrossPlan.build(Packing.from_lengths([4, 3]), [0, 1], 2)
+    plan = CrossPlan.build(Packing.from_lengths([4, 3], DEVICE), [0, 1], 2)
     q, k, v = inputs
     k, v = k[:1].expand_as(k), v[:1].expand_as(v)
-    ours = run([q, k, v], weights, plan, "triton_interpreter")
+    ours = run([q, k, v], weights, plan, IMPL)
     for a, b in zip(ours, run([q, k, v], weights, plan, "reference"), strict=True):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("rows", [5, 70])
 def test_a_set_without_keys_gives_zero_and_no_gradient(rows: int) -> None:
-    packing = Packing.from_lengths([rows, rows])
+    packing = Packing.from_lengths([rows, rows], DEVICE)
     plan = CrossPlan.build(packing, [0, 1], 2, torch.tensor([0, 3]))
     q, k, v = torch.randn(2 * rows, 2, 32), *torch.randn(2, 2, 2, 9, 32)
     k[0], v[0] = float("nan"), float("inf")
     k[1, :, 3:], v[1, :, 3:] = float("inf"), float("nan")
-    out, dq, dk, dv = run([q, k, v], torch.randn(2 * rows, 2, 32), plan, "triton_interpreter")
+    out, dq, dk, dv = run([q, k, v], torch.randn(2 * rows, 2, 32), plan, IMPL)
     for x in (out, dq):
         assert (x[:rows] == 0).all()
         assert x.isfinite().all()
@@ -128,13 +141,13 @@ def test_a_set_without_keys_gives_zero_and_no_gradient(rows: int) -> None:
 
 
 def test_lengths_out_of_range_read_nothing_else() -> None:
-    packing = Packing.from_lengths([3, 3])
+    packing = Packing.from_lengths([3, 3], DEVICE)
     q, k, v = torch.randn(6, 2, 32), *torch.randn(2, 2, 2, 9, 32)
     weights = torch.randn(6, 2, 32)
     wrong = CrossPlan.build(packing, [0, 1], 2, torch.tensor([-4, 1000]))
     right = CrossPlan.build(packing, [0, 1], 2, torch.tensor([0, 9]))
-    ours = run([q, k, v], weights, wrong, "triton_interpreter")
-    for a, b in zip(ours, run([q, k, v], weights, right, "triton_interpreter"), strict=True):
+    ours = run([q, k, v], weights, wrong, IMPL)
+    for a, b in zip(ours, run([q, k, v], weights, right, IMPL), strict=True):
         assert torch.equal(a, b)
 
 
@@ -170,7 +183,7 @@ def test_dropout_draws_from_the_generator() -> None:
     outs = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        outs.append(cross_attention(*inputs, plan, dropout_p=0.5, impl="triton_interpreter"))
+        outs.append(cross_attention(*inputs, plan, dropout_p=0.5, impl=IMPL))
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
 
@@ -187,24 +200,25 @@ def test_opcheck(rows: int) -> None:
 
 def test_compiles_without_a_graph_break() -> None:
     inputs, weights, plan = make(CASES["shuffled, one image alone"], torch.float32, True)
-    eager = run(inputs, weights, plan, "triton_interpreter")
+    eager = run(inputs, weights, plan, IMPL)
     compiled = torch.compile(cross_attention, fullgraph=True, backend="aot_eager")
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = compiled(*leaves, plan, impl="triton_interpreter")
+    out = compiled(*leaves, plan, impl=IMPL)
     for a, b in zip([out, *torch.autograd.grad(out, leaves, weights)], eager, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_runs_only_where_it_can_and_only_by_name() -> None:
     q = torch.randn(2, 2, 16)
-    assert cross_backends.choose(q)[0] == "torch"
-    assert cross_backends.choose(q, "triton_interpreter")[0] == "triton_interpreter"
-    with pytest.raises(BackendError, match="GPU"):
-        cross_backends.choose(q, "triton")
+    assert cross_backends.choose(q)[0] == ("torch" if INTERPRETED else "triton")
+    assert cross_backends.choose(q, IMPL)[0] == IMPL
+    other = "triton" if INTERPRETED else "triton_interpreter"
+    with pytest.raises(BackendError, match="GPU" if INTERPRETED else "TRITON_INTERPRET"):
+        cross_backends.choose(q, other)
     with pytest.raises(BackendError, match="float64"):
-        cross_backends.choose(q.double(), "triton_interpreter")
+        cross_backends.choose(q.double(), IMPL)
     with pytest.raises(BackendError, match="128"):
-        cross_backends.choose(torch.randn(2, 2, 256), "triton_interpreter")
+        cross_backends.choose(torch.randn(2, 2, 256), IMPL)
 
 
 def test_the_reference_is_the_formula() -> None:

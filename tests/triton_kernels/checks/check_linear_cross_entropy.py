@@ -1,4 +1,4 @@
-"""The cross-entropy kernel in the interpreter against the formula in float64."""
+"""The cross-entropy kernel against the formula in float64."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from blipfast.kernels.linear_cross_entropy import losses_then_gradients
+from place import IMPL, INTERPRETED
 from torch import Tensor
 
 import blipfast.ops._linear_ce_pieces as pieces
 from blipfast.ops.linear_ce import linear_cross_entropy
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SIZES = [(1, 7), (13, 2500)] if INTERPRETED else [(1, 7), (13, 2500), (600, 30_524)]
 
 
 def make(tokens: int, vocabulary: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
@@ -32,7 +34,7 @@ def evaluate(tensors: list[Tensor], labels: Tensor, **options: Any) -> list[Tens
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 7), (13, 2500)])
+@pytest.mark.parametrize(("tokens", "vocabulary"), SIZES)
 def test_losses_and_gradients(
     tokens: int,
     vocabulary: int,
@@ -45,7 +47,7 @@ def test_losses_and_gradients(
     monkeypatch.setattr(pieces, "_KERNEL_LOGITS", 4 * vocabulary)  # several pieces, one ragged
     tensors, labels = make(tokens, vocabulary, dtype)
     options: Any = {"reduction": reduction, "label_smoothing": smoothing}
-    ours = evaluate(tensors, labels, **options, impl="triton_interpreter")
+    ours = evaluate(tensors, labels, **options, impl=IMPL)
     plain = evaluate(tensors, labels, **options, impl="reference")
     exact = evaluate([t.double() for t in tensors], labels, **options, impl="reference")
     for name, *values in zip(["loss", "dh", "dw", "db"], ours, plain, exact, strict=True):
@@ -79,7 +81,7 @@ def test_nothing_and_ignored_rows() -> None:
     tensors, labels = make(4, 9, torch.float32)
     for some in (labels[:0], torch.full_like(labels, -100)):
         given = [tensors[0][: len(some)], *tensors[1:]]
-        results = evaluate(given, some, impl="triton_interpreter")
+        results = evaluate(given, some, impl=IMPL)
         assert all((x == 0).all() for x in results)
 
 
@@ -92,7 +94,7 @@ def test_opcheck_and_compile() -> None:
     torch.library.opcheck(ops.linear_cross_entropy_rows, (*arguments, "triton"))
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
     for a, b in zip(
-        torch.autograd.grad(compiled(*leaves, labels, impl="triton_interpreter"), leaves),
+        torch.autograd.grad(compiled(*leaves, labels, impl=IMPL), leaves),
         torch.autograd.grad(linear_cross_entropy(*leaves, labels, impl="reference"), leaves),
         strict=True,
     ):

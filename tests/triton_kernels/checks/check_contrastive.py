@@ -1,4 +1,4 @@
-"""The contrastive kernels in the interpreter against the formula in float64."""
+"""The contrastive kernels against the formula in float64."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from blipfast.kernels import contrastive as kernels
+from place import IMPL, INTERPRETED
 from torch import Tensor
 
 from blipfast.ops.contrastive import contrastive_softmax, contrastive_softmax_reference
@@ -15,6 +16,8 @@ from blipfast.ops.contrastive import contrastive_softmax, contrastive_softmax_re
 # In bfloat16 and float16 the formula's own matmuls are of that type.
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, [1], 8), (5, [5, 70], 32), (20, [30, 0, 133], 40), (70, [200], 64)]
+if not INTERPRETED:  # BLIP's own sizes, and CLIP's
+    SHAPES += [(90, [90, 57_600], 256), (1_024, [1_024], 256)]
 
 
 def features(rows: int, blocks: list[int], width: int) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -57,7 +60,7 @@ def test_loss_and_gradients(shape: Any, ids: bool, dtype: torch.dtype, assert_no
     if ids:
         positives = (torch.randint(4, (len(query),)), torch.randint(5, (sum(map(len, keys)),)))
     options = {"teacher_query": teacher, "alpha": 0.4, "positives": positives}
-    ours = evaluate(contrastive_softmax, query, keys, **options, impl="triton_interpreter")
+    ours = evaluate(contrastive_softmax, query, keys, **options, impl=IMPL)
     theirs = evaluate(plain, query, keys, **options)
     options["teacher_query"] = teacher.double()
     exact = evaluate(
@@ -71,7 +74,7 @@ def test_loss_and_gradients(shape: Any, ids: bool, dtype: torch.dtype, assert_no
 def test_without_a_teacher(dtype: torch.dtype) -> None:
     query, _, keys = features(9, [9, 40], 32)
     query, keys = query.to(dtype), [key.to(dtype) for key in keys]
-    ours = evaluate(contrastive_softmax, query, keys, impl="triton_interpreter")
+    ours = evaluate(contrastive_softmax, query, keys, impl=IMPL)
     exact = evaluate(contrastive_softmax_reference, query.double(), [k.double() for k in keys])
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for a, b in zip(ours, exact, strict=True):
@@ -95,7 +98,7 @@ def test_any_strides_and_mixed_dtypes() -> None:
     t = torch.tensor(0.1)
     wide = torch.full((50, 64), float("nan"))
     wide[:, ::2] = keys
-    options = {"teacher_query": teacher, "alpha": 0.3, "impl": "triton_interpreter"}
+    options = {"teacher_query": teacher, "alpha": 0.3, "impl": IMPL}
     ours = contrastive_softmax(query, wide[:, ::2], t, **options)
     assert torch.equal(ours, contrastive_softmax(query, keys, t, **options))
     mixed = contrastive_softmax(query, [keys[:20].half(), keys[20:]], t, **options)
@@ -108,7 +111,7 @@ def test_any_strides_and_mixed_dtypes() -> None:
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_a_bad_temperature_gives_nan(value: float) -> None:
     query, _, keys = features(3, [8], 16)
-    loss = contrastive_softmax(query, keys, torch.tensor(value), impl="triton_interpreter")
+    loss = contrastive_softmax(query, keys, torch.tensor(value), impl=IMPL)
     assert loss.isnan().all()
 
 
@@ -116,7 +119,7 @@ def test_large_similarities_do_not_overflow() -> None:
     query, teacher, keys = features(4, [40], 16)
     options = {"teacher_query": teacher * 100, "alpha": 0.4}
     t = torch.tensor(0.001)
-    ours = contrastive_softmax(query * 100, keys, t, **options, impl="triton_interpreter")
+    ours = contrastive_softmax(query * 100, keys, t, **options, impl=IMPL)
     exact = contrastive_softmax_reference(query * 100, keys, t, **options)
     torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
 
@@ -128,7 +131,7 @@ def test_opcheck_and_compile() -> None:
     arguments = (query, keys, t, teacher, torch.tensor(0.4), None, None, 0, "triton")
     torch.library.opcheck(torch.ops.blipfast.contrastive_softmax, arguments)
     compiled = torch.compile(contrastive_softmax, fullgraph=True, backend="aot_eager")
-    options = {"teacher_query": teacher, "alpha": 0.4, "impl": "triton_interpreter"}
+    options = {"teacher_query": teacher, "alpha": 0.4, "impl": IMPL}
     for a, b in zip(
         torch.autograd.grad(compiled(query, keys, t, **options).sum(), leaves),
         torch.autograd.grad(contrastive_softmax(query, keys, t, **options).sum(), leaves),

@@ -1,4 +1,4 @@
-"""The sampling kernel in the interpreter: the very draws of the PyTorch backend."""
+"""The sampling kernel as they run: the very draws of the PyTorch backend."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from blipfast.kernels import hard_negatives as kernels
+from place import IMPL
 from torch import Tensor
 
 from blipfast.ops.hard_negatives import hard_negative_weights, sample_hard_negatives, uniform
@@ -20,7 +21,7 @@ def features(rows: int, columns: int, width: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def both(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    ours = sample_hard_negatives(*arguments, **options, impl="triton_interpreter")
+    ours = sample_hard_negatives(*arguments, **options, impl=IMPL)
     return ours, sample_hard_negatives(*arguments, **options, impl="torch")
 
 
@@ -100,9 +101,7 @@ def test_any_strides_and_mixed_dtypes() -> None:
     plain = sample_hard_negatives(q, k.half(), t, seed=5, impl="torch")
     wide = torch.full((6, 48), float("nan"))
     wide[:, ::2] = q
-    ours = sample_hard_negatives(
-        wide[:, ::2], k.half().T.contiguous().T, t, seed=5, impl="triton_interpreter"
-    )
+    ours = sample_hard_negatives(wide[:, ::2], k.half().T.contiguous().T, t, seed=5, impl=IMPL)
     assert torch.equal(ours, plain)
 
 
@@ -112,7 +111,7 @@ def test_frequencies_are_the_weights() -> None:
     q = q[:1].expand(64, 8).contiguous()
     drawn = torch.cat(
         [
-            sample_hard_negatives(q, k, t, eps=1e-2, offset=6, step=step, impl="triton_interpreter")
+            sample_hard_negatives(q, k, t, eps=1e-2, offset=6, step=step, impl=IMPL)
             for step in range(40)
         ]
     )
@@ -127,5 +126,5 @@ def test_opcheck_and_compile() -> None:
     arguments = (q, k, t, None, None, 1e-4, 0, 1, 2, 3, 0, 0, 2)
     torch.library.opcheck(torch.ops.blipfast.triton_sample_hard_negatives, arguments)
     compiled = torch.compile(sample_hard_negatives, fullgraph=True, backend="aot_eager")
-    ours = compiled(q, k, t, num=2, seed=9, impl="triton_interpreter")
+    ours = compiled(q, k, t, num=2, seed=9, impl=IMPL)
     assert torch.equal(ours, sample_hard_negatives(q, k, t, num=2, seed=9, impl="torch"))
