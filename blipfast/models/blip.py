@@ -15,7 +15,7 @@ from blipfast.models.config import BlipConfig, TextConfig
 from blipfast.models.streams import CrossStates, TextStream, run_streams
 from blipfast.models.text import LMHead, TextTransformer
 from blipfast.models.vit import VisionTransformer
-from blipfast.ops.packing import Packing
+from blipfast.ops.packing import Packing, from_host
 from blipfast.ops.tied_table import TiedTable
 
 
@@ -47,13 +47,16 @@ class PackedText:
 
     @classmethod
     def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> PackedText:
-        """From right-padded `(N, L)` ids and mask. Raises ShapeError when they disagree."""
+        """From right-padded `(N, L)` ids and mask. Raises ShapeError when they disagree.
+
+        The host must know the lengths: a mask on the CPU, whatever the ids' device, saves a wait.
+        """
         if input_ids.shape != attention_mask.shape:
             raise ShapeError(
                 f"input_ids {tuple(input_ids.shape)} and attention_mask "
                 f"{tuple(attention_mask.shape)} must have the same shape (N, L)"
             )
-        packing = Packing.from_mask(attention_mask)
+        packing = Packing.from_mask(attention_mask, input_ids.device)
         if 0 in packing.lengths:
             empty = packing.lengths.index(0)
             raise ShapeError(f"text {empty} of the batch has no tokens at all")
@@ -61,7 +64,7 @@ class PackedText:
 
     def looked_up(self, word: nn.Embedding, special: Sequence[int]) -> PackedText:
         """The same texts with their words looked up, and the tokens they may start with."""
-        extra = torch.tensor(special, device=self.input_ids.device)
+        extra = from_host(torch.tensor(special, device="cpu"), self.input_ids.device)
         table = TiedTable(word.weight)
         token_ids = torch.cat([self.input_ids, extra])
         total = self.packing.total
@@ -95,8 +98,8 @@ class PackedText:
 
     def starting_with(self, token_id: int) -> PackedText:
         """The same texts with their first token replaced: [CLS], [ENC] or [DEC] choose the mode."""
-        ids = self.input_ids.clone()
-        ids[self.packing.first_tokens] = self.words.places[token_id] if self.words else token_id
+        first = self.words.places[token_id] if self.words else token_id
+        ids = self.input_ids.index_fill(0, self.packing.first_tokens, first)
         return replace(self, input_ids=ids)
 
     def select(self, index: Sequence[int]) -> PackedText:
@@ -109,13 +112,10 @@ class PackedText:
 
         A last token predicts nothing and, under a causal mask, no other token sees it.
         """
-        packing = self.packing
-        last = packing.first_tokens + packing.lengths_tensor - 1
-        keep = torch.ones_like(self.input_ids, dtype=torch.bool)
-        keep[last] = False
-        shorter = Packing.from_lengths([n - 1 for n in packing.lengths], packing.device)
+        keep = self.packing.all_but_last
+        shorter = Packing.from_lengths([n - 1 for n in self.packing.lengths], self.packing.device)
         shortened = PackedText(self.input_ids[keep], shorter, self.words)
-        labels = self.input_ids[1:][keep[:-1]]
+        labels = self.input_ids[keep + 1]
         return shortened, self.words.token_ids[labels] if self.words else labels
 
     def __add__(self, other: PackedText) -> PackedText:

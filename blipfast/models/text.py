@@ -20,6 +20,7 @@ from blipfast.errors import ShapeError
 from blipfast.models.config import Sharing, TextConfig
 from blipfast.models.streams import CrossStates, KeyValue, TextStream, cross_module
 from blipfast.ops.attention import CrossPlan, cross_attention, varlen_attention
+from blipfast.ops.autocast_copies import cast_together
 from blipfast.ops.linear_layers import Linear, feed_forward
 from blipfast.ops.packing import Packing, SharedPrefixes
 from blipfast.ops.seeded_dropout import dropout
@@ -75,13 +76,16 @@ class SelfAttention(nn.Module):
         prefixes: SharedPrefixes | None = None,
     ) -> Tensor:
         dropout_p = self.attention_dropout if self.training else 0.0
+        held = cast_together(self.qkv, self.out.dense)
         qkv = self.project(hidden)
         if prefixes is not None:
             qkv, packing = qkv.index_select(0, prefixes.nodes), prefixes.texts
         out = varlen_attention(qkv, packing, causal=causal, dropout_p=dropout_p)
         if prefixes is not None:
             out = out.index_select(0, prefixes.first)
-        return self.out(out.flatten(-2), hidden)
+        closed = self.out(out.flatten(-2), hidden)
+        del held
+        return closed
 
 
 class _ImageAttention(nn.Module):
@@ -116,7 +120,10 @@ class CrossAttention(nn.Module):
         return (self.attention.project(embeds[0]),)
 
     def forward(self, hidden: Tensor, kv: tuple[KeyValue, ...], plan: CrossPlan) -> Tensor:
-        return self.out(self.attention(hidden, kv[0], plan), hidden)
+        held = cast_together(self.attention.query, self.out.dense)
+        closed = self.out(self.attention(hidden, kv[0], plan), hidden)
+        del held
+        return closed
 
 
 class PairedCrossAttention(nn.Module):
@@ -155,7 +162,10 @@ class FeedForward(nn.Module):
         self.out = Residual(config, config.intermediate_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.out.close(feed_forward(hidden, self.intermediate, self.out.dense), hidden)
+        held = cast_together(self.intermediate, self.out.dense)
+        closed = self.out.close(feed_forward(hidden, self.intermediate, self.out.dense), hidden)
+        del held
+        return closed
 
 
 class TextLayer(nn.Module):

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blipfast.errors import ShapeError
 from blipfast.models.config import VisionConfig
+from blipfast.ops.autocast_copies import cast_together
 from blipfast.ops.dense import dense_attention, dense_self_attention
 from blipfast.ops.linear_layers import Linear, feed_forward, linear
 
@@ -62,10 +63,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, first_only: bool = False, keep: Tensor | None = None) -> Tensor:
         """keep: a scalar, the share of images whose branches stay (stochastic depth); None: all."""
         keep = keep if self.training else None
+        held = cast_together(self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
         attn = self.attn.first_token if first_only else self.attn
         branch = attn(self.norm1(x))
         x = (x[:, :1] if first_only else x) + _drop_path(branch, keep)
-        return x + _drop_path(self.mlp(self.norm2(x)), keep)
+        x = x + _drop_path(self.mlp(self.norm2(x)), keep)
+        del held
+        return x
 
 
 def _drop_path(branch: Tensor, keep: Tensor | None) -> Tensor:

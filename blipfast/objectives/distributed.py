@@ -76,7 +76,7 @@ def gather_texts(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Ten
     width = torch.tensor([input_ids.shape[1]], device=input_ids.device)
     dist.all_reduce(width, dist.ReduceOp.MAX)
     more = int(width) - input_ids.shape[1]
-    both = torch.stack([input_ids, attention_mask.to(input_ids.dtype)], dim=1)
+    both = torch.stack([input_ids, attention_mask.to(input_ids)], dim=1)
     gathered = all_gather_no_grad(F.pad(both, (0, more)))
     return gathered[:, 0], gathered[:, 1].to(attention_mask.dtype)
 

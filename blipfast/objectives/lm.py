@@ -62,5 +62,8 @@ def lm_loss(
     )
     if reduction != "mean":
         return loss
-    counted = (labels != IGNORE).sum() if count is None else torch.tensor(count, device=loss.device)
+    if count is None:
+        counted = (labels != IGNORE).sum()
+    else:
+        counted = torch.full((), count, device=loss.device)
     return mean_over_ranks(loss, counted)

@@ -37,10 +37,15 @@ def chunks(
     """Pieces `(start, (C, D))` of all keys in order, in `dtype`, with `num_rows * C` bounded."""
     start = 0
     for block in filter(len, keys):
-        budget = _CPU_SCORES if block.device.type == "cpu" else _GPU_SCORES
-        for piece in block.detach().split(max(_MIN_CHUNK, budget // max(1, num_rows))):
+        for piece in block.detach().split(_columns(block.device, num_rows)):
             yield start, piece.to(dtype)
             start += len(piece)
+
+
+def _columns(device: torch.device, num_rows: int) -> int:
+    """Keys at a time, so that their scores stay within bounds."""
+    budget = _CPU_SCORES if device.type == "cpu" else _GPU_SCORES
+    return max(_MIN_CHUNK, budget // max(1, num_rows))
 
 
 def online_softmax(rows: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -96,7 +101,7 @@ def key_weights(
         hard = grad * (1 - alpha)
     if query_ids is not None and key_ids is not None:
         count = torch.zeros_like(grad)
-        for ids in key_ids.split(_MIN_CHUNK):
+        for ids in key_ids.split(_columns(key_ids.device, len(grad))):
             count += (query_ids[:, None] == ids).sum(1, keepdim=True)
         student = student - torch.where(count > 0, 0, hard)
         hard = hard / count.clamp(min=1)

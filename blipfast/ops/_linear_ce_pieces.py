@@ -16,7 +16,8 @@ from blipfast.ops._products import by_onednn, onednn_is_faster, product
 # Logits held at a time: enough rows that a matmul is efficient at a vocabulary of 30,524.
 _CPU_LOGITS = 1 << 25
 _GPU_LOGITS = 1 << 27
-_KERNEL_LOGITS = 1 << 24  # 32 MiB in bfloat16, about 550 tokens
+# 128 MiB in bfloat16, about 2,200 tokens: each piece more adds a pass over the weight's gradient.
+_KERNEL_LOGITS = 1 << 26
 
 
 def by_pieces(

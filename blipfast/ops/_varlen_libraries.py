@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 
 import torch
@@ -82,6 +83,9 @@ def _found_missing(module: str, function: str) -> str | None:
         found = importlib.import_module(module)
     except Exception as error:  # a build for another torch fails in ways of its own
         return f"{module} cannot be imported ({type(error).__name__})"
+    package = sys.modules[module.partition(".")[0]]
+    if not getattr(package, "_has_cpp_library", True):  # xformers then imports, and no more
+        return f"{package.__name__} was built for another PyTorch"
     return None if hasattr(found, function) else f"this {module} has no {function}"
 
 

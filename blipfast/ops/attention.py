@@ -20,7 +20,7 @@ from blipfast.errors import ShapeError
 from blipfast.ops import _native, _native_attention, _triton, _varlen_libraries
 from blipfast.ops._dispatch import Backends
 from blipfast.ops.dense import dense_attention, dense_self_attention
-from blipfast.ops.packing import Packing, gather_rows, lazy, scatter_rows
+from blipfast.ops.packing import Packing, gather_rows, host_made, lazy, scatter_rows
 
 varlen_backends = Backends("varlen_attention")
 cross_backends = Backends("cross_attention")
@@ -169,7 +169,18 @@ class CrossPlan:
             rows[i] += length
         return Packing.from_lengths(rows, self.packing.device)
 
+    @property
+    def device(self) -> torch.device:
+        return self.packing.device
+
     @lazy
+    def host(self) -> CrossPlan:
+        """The same plan on the CPU, where its index tensors are made."""
+        if self.packing.host is self.packing:
+            return self
+        return CrossPlan(self.packing.host, self.kv_index, self.num_kv)
+
+    @host_made
     def order(self) -> Tensor | None:
         """`(T,)` packed token index in grouped order; None when the texts are in it already."""
         by_set = sorted(range(len(self.kv_index)), key=self.kv_index.__getitem__)
@@ -177,7 +188,7 @@ class CrossPlan:
             return None
         return self.packing.select(by_set)[1]
 
-    @lazy
+    @host_made
     def slots(self) -> Tensor | None:
         """`(T,)`: each token's row in the padded `(num_kv * max rows)` grid; None: a view."""
         if self.order is None:

@@ -131,8 +131,13 @@ def _sdpa(
 ) -> Tensor:
     if key_lengths is None:
         return F.scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal)
-    mask = _seen(q, k, key_lengths, is_causal)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
+    if q.is_cpu:
+        mask = _seen(q, k, key_lengths, is_causal)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
+    # cuDNN gives anything where there is no key at all: such an entry looks at one, and counts 0.
+    mask = _seen(q, k, key_lengths.clamp(min=1), is_causal)
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
+    return out.masked_fill((key_lengths == 0)[:, None, None, None], 0.0)
 
 
 def _from_formula(

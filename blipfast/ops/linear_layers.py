@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from blipfast.ops import _native
 from blipfast.ops._dispatch import Backends
 from blipfast.ops._products import by_onednn, onednn_takes, parameter_gradients, product
-from blipfast.ops.autocast_copies import autocast_copy
+from blipfast.ops.autocast_copies import autocast_copy, casts_together, copy_in_use
 from blipfast.ops.few_rows import few_rows_linear, reads_few_rows_in_place
 
 linear_backends = Backends("linear")
@@ -56,7 +56,7 @@ def feed_forward(x: Tensor, first: nn.Linear, second: nn.Linear, *, impl: str = 
 
 def _why_not(x: Tensor) -> str | None:
     if not x.is_cpu and _autocasts(x):
-        return f"on {x.device.type}, autocast's own linear layer casts a weight once"
+        return f"on {x.device.type}, autograd's own linear layer takes less of the host's time"
     return None
 
 
@@ -71,7 +71,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product(x, weight, bias)
 
 
-linear_backends.register("torch")(F.linear)
+@linear_backends.register("torch")
+def _linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, with the copies that were made for autocast, if any."""
+    return F.linear(x, *_copied(x, weight, bias))  # type: ignore[arg-type]
 
 
 @feed_forward_backends.register("fused", _why_not)
@@ -89,7 +92,7 @@ def _feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> 
 
 @feed_forward_backends.register("torch")
 def _feed_forward_torch(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+    return _linear_torch(F.gelu(_linear_torch(x, w1, b1)), w2, b2)
 
 
 def _is_plain(layer: nn.Linear) -> bool:
@@ -99,6 +102,14 @@ def _is_plain(layer: nn.Linear) -> bool:
 
 def _autocasts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
+
+
+def _copied(x: Tensor, *weights: Tensor | None) -> list[Tensor | None]:
+    if torch.compiler.is_compiling() or not casts_together(x):
+        return list(weights)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    copies = (None if w is None else copy_in_use(w, dtype) for w in weights)
+    return [w if copy is None else copy for w, copy in zip(weights, copies, strict=True)]
 
 
 def _cast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:

@@ -38,6 +38,26 @@ class lazy:
         return value
 
 
+class host_made(lazy):
+    """A lazy index tensor of a layout with a `host`, where it is made, to be copied as a whole:
+    on a GPU each small operation is a launch, and a copy of a list waits for all before it."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None or instance.host is instance or torch.compiler.is_compiling():
+            return super().__get__(instance, owner)
+        value = getattr(instance.host, self.name)
+        value = value if value is None else from_host(value, instance.device)
+        instance.__dict__[self.name] = value
+        return value
+
+
+def from_host(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a tensor on the CPU, for which nobody waits."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Packing:
     """The layout of `N` sequences packed one after the other.
@@ -56,17 +76,18 @@ class Packing:
         return cls(tuple(int(length) for length in lengths), torch.device(device))
 
     @classmethod
-    def from_mask(cls, attention_mask: Tensor) -> Packing:
+    def from_mask(cls, attention_mask: Tensor, device: torch.device | None = None) -> Packing:
         """From a right-padded mask `(N, L)`, 1 for a token and 0 for padding.
 
+        device: of the index tensors, if another than the mask's.
         Raises ShapeError when the mask is not two-dimensional or a token follows padding.
         """
         if attention_mask.dim() != 2:
             raise ShapeError(f"attention_mask must be (N, L), got {tuple(attention_mask.shape)}")
-        mask = attention_mask.bool()
+        mask = attention_mask.cpu().bool()
         if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             raise ShapeError("attention_mask must be right-padded: a 1 follows a 0")
-        return cls.from_lengths(mask.sum(1).tolist(), attention_mask.device)
+        return cls.from_lengths(mask.sum(1).tolist(), device or attention_mask.device)
 
     def prepare(self) -> Packing:
         """Computes all index tensors now, as for a compiled model, which then takes them as they
@@ -75,6 +96,11 @@ class Packing:
         for name in ("uniform", "first_tokens", "lengths_tensor", "slots"):
             getattr(self, name)  # and what these are made from
         return self
+
+    @lazy
+    def host(self) -> Packing:
+        """The same layout on the CPU, where its index tensors are made."""
+        return self if self.device.type == "cpu" else Packing(self.lengths, torch.device("cpu"))
 
     @property
     def num_sequences(self) -> int:
@@ -93,35 +119,42 @@ class Packing:
         """All sequences have the same length, so that padding is a mere view."""
         return self.total == self.max_seqlen * self.num_sequences
 
-    @lazy
+    @host_made
     def lengths_tensor(self) -> Tensor:
         """`(N,)` int64."""
         return torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
 
-    @lazy
+    @host_made
     def cu_seqlens(self) -> Tensor:
         """`(N + 1,)` int32: sequence `n` is tokens `cu_seqlens[n]:cu_seqlens[n + 1]`."""
         zero = self.lengths_tensor.new_zeros(1)
         return torch.cat([zero, self.lengths_tensor.cumsum(0)]).to(torch.int32)
 
-    @lazy
+    @host_made
     def sequence_ids(self) -> Tensor:
         """`(T,)` int64: the sequence each token belongs to."""
         sequences = torch.arange(self.num_sequences, device=self.device)
         return sequences.repeat_interleave(self.lengths_tensor, output_size=self.total)
 
-    @lazy
+    @host_made
     def positions(self) -> Tensor:
         """`(T,)` int64: the place of each token within its sequence."""
         starts = self.cu_seqlens[:-1].to(torch.int64)[self.sequence_ids]
         return torch.arange(self.total, device=self.device) - starts
 
-    @lazy
+    @host_made
     def first_tokens(self) -> Tensor:
         """`(N,)` int64: the packed index of each sequence's first token."""
         return self.cu_seqlens[:-1].to(torch.int64)
 
-    @lazy
+    @host_made
+    def all_but_last(self) -> Tensor:
+        """`(T - N,)` int64: the packed tokens that another one of their sequence follows."""
+        last = (self.first_tokens + self.lengths_tensor - 1)[self.lengths_tensor > 0]
+        kept = torch.ones(self.total, dtype=torch.bool, device=self.device)
+        return kept.index_fill_(0, last, False).nonzero().squeeze(1)
+
+    @host_made
     def mask(self) -> Tensor:
         """`(N, max_seqlen)` bool, True for a token."""
         columns = torch.arange(self.max_seqlen, device=self.device)
@@ -130,7 +163,7 @@ class Packing:
     def _slots(self, width: int) -> Tensor:
         return self.sequence_ids * width + self.positions
 
-    @lazy
+    @host_made
     def slots(self) -> Tensor:
         """`(T,)` int64: each token's row in the padded `(N * max_seqlen, ...)` tensor."""
         return self._slots(self.max_seqlen)
@@ -158,9 +191,9 @@ class Packing:
     def select(self, index: Sequence[int]) -> tuple[Packing, Tensor]:
         """The packing of the sequences in `index` and the `(T',)` token index that gathers them."""
         chosen = Packing.from_lengths([self.lengths[i] for i in index], self.device)
-        order = torch.as_tensor(index, dtype=torch.int64, device=self.device)
-        starts = self.first_tokens[order]
-        return chosen, starts[chosen.sequence_ids] + chosen.positions
+        starts = self.host.first_tokens[torch.tensor(index, dtype=torch.int64, device="cpu")]
+        tokens = starts[chosen.host.sequence_ids] + chosen.host.positions
+        return chosen, from_host(tokens, self.device)
 
     def __add__(self, other: Packing) -> Packing:
         """The packing of `torch.cat([a, b])`."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from blipfast.errors import ShapeError
@@ -138,7 +139,8 @@ class ContrastiveBlip(Blip):
         """Brings the drawn images and texts here; of other ranks' images only the drawn ones."""
         negatives = contrast.negatives
         if not contrast.from_all_ranks or world_size() == 1:
-            places, rows = negatives.image_index.tolist(), negatives.text_index.tolist()
+            # The one wait for the device in a step.
+            places, rows = torch.stack([negatives.image_index, negatives.text_index]).tolist()
             own = [row if row >= 0 else i for i, row in enumerate(rows)]
             return Surroundings(image_embeds, places, text, text.select(own))
         image_embeds, places = fetch_rows(image_embeds, negatives.image_index)

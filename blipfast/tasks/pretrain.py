@@ -17,6 +17,7 @@ from blipfast.objectives.itc import FeatureQueue, clamp_temperature_
 from blipfast.objectives.itm import Negatives, draw_negatives, itm_loss
 from blipfast.objectives.lm import lm_loss
 from blipfast.objectives.momentum import MomentumTwin
+from blipfast.ops.autocast_copies import keeping_copies
 from blipfast.tasks.contrastive import Contrast, ContrastiveBlip, Surroundings, check_batch
 
 
@@ -72,6 +73,7 @@ class BlipForPretraining(ContrastiveBlip):
         self.twin = MomentumTwin(self)
         self.queue = FeatureQueue(queue_size, config.embed_dim)
 
+    @keeping_copies()
     def forward(
         self,
         pixel_values: Tensor,

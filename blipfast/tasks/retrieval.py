@@ -17,6 +17,7 @@ from blipfast.objectives.distributed import all_gather_no_grad, rank_offset
 from blipfast.objectives.itc import FeatureQueue, clamp_temperature_
 from blipfast.objectives.itm import Negatives, draw_negatives, itm_loss
 from blipfast.objectives.momentum import MomentumTwin
+from blipfast.ops.autocast_copies import keeping_copies
 from blipfast.tasks.contrastive import Contrast, ContrastiveBlip, Surroundings, check_batch
 
 
@@ -62,6 +63,7 @@ class BlipForRetrieval(ContrastiveBlip):
             FeatureQueue(queue_size, config.embed_dim, with_ids=True) if train_state else None
         )
 
+    @keeping_copies()
     def forward(
         self,
         pixel_values: Tensor,

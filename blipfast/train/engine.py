@@ -26,6 +26,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from blipfast.errors import CheckpointError, ConfigError, Preempted, TrainingError
+from blipfast.ops.packing import from_host
 from blipfast.train import random_state
 from blipfast.train.checkpoints import Checkpoints
 from blipfast.train.config import FitConfig
@@ -194,7 +195,7 @@ class _Run:
     def do(self, batch: Batch, wishes: Wishes) -> Wishes:
         """One step: forward, backward, check, update, record. Returns what any rank was asked."""
         config, step = self.config, self.step
-        moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        moved = {name: self._moved(name, value) for name, value in batch.items()}
         lr = learning_rate_at(step, config)
         set_learning_rate(self.optimizer, lr)
         # A bad batch reaches the feature queue before its loss is known.
@@ -228,6 +229,12 @@ class _Run:
         self.step += 1
         self.position = batch.get("position")
         return Wishes(*(value > 0 for value in values[len(parts) :]))
+
+    def _moved(self, name: str, value: Any) -> Any:
+        """To the device, but masks: what they say of lengths is wanted on the host."""
+        if not isinstance(value, Tensor) or name.endswith("_mask"):
+            return value
+        return from_host(value, self.device) if value.is_cpu else value.to(self.device)
 
     def _skip_or_stop(
         self, batch: Batch, total: float, losses: dict[str, float], grad_norm: float,

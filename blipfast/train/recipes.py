@@ -333,8 +333,9 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f"device {name!r} is unknown; use cpu, cuda or auto") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r}: torch sees no CUDA card here; use cpu or auto")
-    if device.type == "cuda" and device.index is None and started_by_torchrun():
-        return torch.device("cuda", local_rank())
+    if device.type == "cuda" and device.index is None:
+        own = local_rank() if started_by_torchrun() else torch.cuda.current_device()
+        return torch.device("cuda", own)
     return device
 
 

@@ -83,7 +83,7 @@ def _weights(slices: list[Batch], task: TaskName) -> list[Tensor]:
     if task == "caption":
         given = max(1, slices[0].get("prompt_length", 0))
         counts = [(part["attention_mask"].sum(1) - given).clamp(min=0).sum() for part in slices]
-        total = torch.stack(counts).to(torch.float32)
+        total = torch.stack(counts).to(device, torch.float32)
     else:
         total = torch.tensor([float(len(part["pixel_values"])) for part in slices], device=device)
     if world_size() > 1:

@@ -24,7 +24,8 @@ def test_nucleus(reference) -> None:
 
     def replay(p: Tensor, rows: Tensor, step: int) -> Tensor:
         if step < len(probs):
-            torch.testing.assert_close(p, probs[step][rows], rtol=0, atol=2e-6)
+            atol = 4e-6 if p.is_cuda else 2e-6  # sums in another order than the recorded CPU's
+            torch.testing.assert_close(p, probs[step][rows], rtol=0, atol=atol)
         steps.append(step)
         return draws[rows, step]
 

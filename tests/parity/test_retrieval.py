@@ -110,7 +110,7 @@ def test_two_stage_evaluation(golden, checkpoint, load, check) -> None:
     assert recall.mean == pytest.approx(expected["r_mean"])
 
 
-def test_two_ranks(golden, check, tmp_path: Path) -> None:
+def test_two_ranks(golden, check, device, tmp_path: Path) -> None:
     """Two processes: negatives from all ranks, gradients summed through the gathered images."""
     worker = Path(__file__).with_name("two_ranks_worker.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -134,6 +134,7 @@ def test_two_ranks(golden, check, tmp_path: Path) -> None:
     for rank in (0, 1):
         g = golden("retrieval_two_ranks", f"golden_rank{rank}")
         got = load_file(tmp_path / f"rank{rank}.safetensors")
+        got = {name: tensor.to(device) for name, tensor in got.items()}
         check.loss(got["loss_itc"], g["out.loss_ita"])
         check.loss(got["loss_itm"], g["out.loss_itm"])
         check.features(got["itm_logits"], g["out.itm_logits"])

@@ -58,7 +58,9 @@ def assert_no_worse() -> Callable[..., None]:
         eps = torch.finfo(ours.dtype).eps
         # Products of inputs of size 1 are rounded even where they cancel and the result is 0.
         size = exact.abs().max().clamp(min=4 if eps < 1e-6 else 1)
-        rounding = 2 * max(1.0, math.sqrt(terms) / 8) * eps * size
+        # On a card a float32 product is three of TF32, whose 21 bits leave a quarter of eps more.
+        places = 2 if INTERPRETED or eps > 1e-6 else 4
+        rounding = places * max(1.0, math.sqrt(terms) / 8) * eps * size
         bound = 2 * (plain.double() - exact).abs().max() + rounding
         error = (ours.double() - exact).abs().max()
         assert error <= bound, f"{name}: error {error:.2e} above {bound:.2e}"
