@@ -157,6 +157,32 @@ def _cross_attention_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]
                 yield case, run
 
 
+def _varlen_attention_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    from blipfast.kernels.varlen_attention import run_backward, run_forward
+
+    dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32)
+    texts = ((30, 0.1),) if quick else ((10, 0.0), (30, 0.1), (60, 0.1), (200, 0.1))
+    for dim in (64,) if quick else (32, 64, 128):
+        for dtype in dtypes:
+            if dtype == torch.float16 and dim != 64:
+                continue  # as bfloat16
+            for longest, dropout_p in texts:
+                for causal in (False, True):
+                    qkv = _empty(1_208, 3, 12, dim, dtype=dtype)
+                    out, lse = qkv[:, 0], _empty(12, len(qkv), dtype=torch.float32)
+                    index: list[Any] = [_empty(91, dtype=torch.int32)]
+                    index += [_empty(1, dtype=torch.int64) if dropout_p else None]
+                    index += [longest, causal, dropout_p]
+                    case = f"varlen_attention {_runtime.short(dtype)} d={dim} longest={longest}"
+                    case += " causal" * causal + " dropout" * bool(dropout_p)
+
+                    def run(qkv: Any = qkv, out: Any = out, lse: Any = lse, i: Any = index) -> None:
+                        run_forward(qkv, *i)
+                        run_backward(out, qkv, out, lse, *i)
+
+                    yield case, run
+
+
 def _hard_negative_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     from blipfast.kernels.hard_negatives import run_sample
 
@@ -213,6 +239,7 @@ def _linear_cross_entropy_cases(quick: bool) -> Iterator[tuple[str, Callable[[],
 
 CASES = [
     _cross_attention_cases,
+    _varlen_attention_cases,
     _hard_negative_cases,
     _contrastive_cases,
     _linear_cross_entropy_cases,

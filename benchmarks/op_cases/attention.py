@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,6 +34,11 @@ def cross_attention_cases(s: Setting) -> list[Case]:
         ("96 texts, 24 images, 197 keys", 96, 24, 197),
         ("12 texts, 4 images, 901 keys", 12, 4, 901),
     ]
+    if s.device.type == "cuda":
+        sizes += [
+            ("256 texts, 1 image, 577 keys", 256, 1, 577),
+            ("360 texts, 90 images, 197 keys", 360, 90, 197),
+        ]
     if s.small:
         sizes = [("6 texts, 2 images, 19 keys", 6, 2, 19)]
     return [cross_case(s, *size) for size in sizes]
@@ -73,29 +80,39 @@ def _heads(s: Setting) -> tuple[int, int]:
 
 
 def varlen_attention_cases(s: Setting) -> list[Case]:
-    return [varlen_case(s, 6 if s.small else 64)]
+    texts = (6, 5) if s.small else (64, 360)
+    return [varlen_case(s, texts[0]), varlen_case(s, texts[1], both_ways=True)]
 
 
-def varlen_case(s: Setting, texts: int) -> Case:
+def varlen_case(s: Setting, texts: int, both_ways: bool = False) -> Case:
     heads, dim = _heads(s)
     packing = Packing.from_lengths(caption_lengths(texts), s.device)
-    qkv = s.randn(packing.total, 3, heads, dim)
+    qkv = s.randn(packing.total, 3, heads, dim, grad=both_ways)
+    weights = s.randn(packing.total, heads, dim)
     mask = packing.mask[:, None, None, :]
 
-    def padded_sdpa() -> tuple[Tensor, ...]:
+    def padded_sdpa() -> Tensor:
         q, k, v = packing.pad(qkv).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return (packing.unpad(out.transpose(1, 2)),)
+        return packing.unpad(out.transpose(1, 2))
+
+    def timed(attend: Callable[[], Tensor]) -> Run:
+        if both_ways:
+            return differentiated(attend, (qkv,), weights)
+        return lambda: (attend(),)
 
     def run(code: str) -> Run:
         if code == BASELINE:
-            return padded_sdpa
-        return lambda: (varlen_attention(qkv, packing, impl=code),)
+            return timed(padded_sdpa)
+        return timed(lambda: varlen_attention(qkv, packing, impl=code))
 
+    rivals = competitors.compiled(padded_sdpa, s.small)
+    others = {name: timed(rival) for name, rival in rivals.items()}
     pairs = sum(n * n for n in packing.lengths)
-    name = f"varlen_attention forward, {texts} texts"
-    moved, flops = s.element * qkv.numel() * 4 / 3, 4.0 * pairs * heads * dim
-    return Case(name, run, moved, flops, others=competitors.compiled(padded_sdpa, s.small))
+    name = f"varlen_attention{'' if both_ways else ' forward'}, {texts} texts"
+    moved = s.element * qkv.numel() * (11 if both_ways else 4) / 3
+    flops = (14.0 if both_ways else 4.0) * pairs * heads * dim
+    return Case(name, run, moved, flops, others=others)
 
 
 def dense_attention_cases(s: Setting) -> list[Case]:

@@ -85,8 +85,37 @@ def _varlen_native(qkv: Tensor, packing: Packing, causal: bool, dropout_p: float
     return out
 
 
+def _varlen_triton(qkv: Tensor, packing: Packing, causal: bool, dropout_p: float) -> Tensor:
+    """A tile a text, without padding; dropout draws its seed from the device's generator."""
+    from blipfast.kernels.varlen_attention import varlen_attention as kernel
+
+    out: Tensor = kernel(
+        qkv,
+        packing.cu_seqlens,
+        packing.max_seqlen,
+        causal=causal,
+        dropout_p=dropout_p,
+        seed=_seed(qkv) if dropout_p > 0 else None,
+    )
+    return out
+
+
+def _seed(tensor: Tensor) -> Tensor:
+    return torch.randint(2**62, (1,), device=tensor.device)
+
+
+def _not_triton(why_not: Callable[[Tensor], str | None]) -> Callable[[Tensor], str | None]:
+    def reason(tensor: Tensor) -> str | None:
+        if tensor.dim() > 2 and tensor.shape[-1] > 128:
+            return f"the kernel takes heads of up to 128 dimensions, not {tensor.shape[-1]}"
+        return why_not(tensor)
+
+    return reason
+
+
 for _name, (_attend, _why_not) in _varlen_libraries.FIRST.items():
     varlen_backends.register(_name, _why_not)(_attend)
+varlen_backends.register("triton", _not_triton(_triton.why_not))(_varlen_triton)
 
 
 @varlen_backends.register("torch")
@@ -119,6 +148,9 @@ def varlen_attention_reference(
 # After "reference", which can always run: `auto` never takes them.
 for _name, (_attend, _why_not) in _varlen_libraries.BY_NAME.items():
     varlen_backends.register(_name, _why_not)(_attend)
+varlen_backends.register("triton_interpreter", _not_triton(_triton.why_not_interpreter))(
+    _varlen_triton
+)
 
 
 @dataclass(frozen=True)
@@ -246,7 +278,7 @@ def _cross_triton(q: Tensor, k: Tensor, v: Tensor, plan: CrossPlan, dropout_p: f
     """Rows that share a set share a tile; dropout draws its seed from the device's generator."""
     from blipfast.kernels.cross_attention import cross_attention as kernel
 
-    seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None
+    seed = _seed(q) if dropout_p > 0 else None
     rows = plan.grouped
     out: Tensor = kernel(
         *(q, k, v, rows.cu_seqlens, rows.max_seqlen),
@@ -256,15 +288,6 @@ def _cross_triton(q: Tensor, k: Tensor, v: Tensor, plan: CrossPlan, dropout_p: f
         seed=seed,
     )
     return out
-
-
-def _not_triton(why_not: Callable[[Tensor], str | None]) -> Callable[[Tensor], str | None]:
-    def reason(q: Tensor) -> str | None:
-        if q.dim() == 3 and q.shape[2] > 128:
-            return f"the kernel takes heads of up to 128 dimensions, not {q.shape[2]}"
-        return why_not(q)
-
-    return reason
 
 
 cross_backends.register("triton", _not_triton(_triton.why_not))(_cross_triton)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # (kernel, grid, positional arguments, constexprs and options); see `launch`.
 Recorder = Callable[[Any, tuple[int, ...], Sequence[Any], dict[str, Any]], None]
@@ -25,6 +27,16 @@ def launch(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], **meta: Any)
         return
     with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
         kernel[grid](*args, **meta)
+
+
+def unwatched(tensor: Tensor) -> bool:
+    """Whether nobody traces, counts or wraps what is called now.
+
+    Then a kernel's forward and backward are called as they are: through PyTorch's dispatcher a
+    custom operator takes the host twice as long.
+    """
+    compiling = torch.compiler.is_compiling()
+    return type(tensor) in (Tensor, Parameter) and not compiling and not is_in_torch_dispatch_mode()
 
 
 def short(dtype: torch.dtype) -> str:

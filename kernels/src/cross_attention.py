@@ -13,14 +13,13 @@ Shapes: `T` packed query rows, `H` heads, `B` key/value sets, `S` keys of a set.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-from blipfast.kernels import _cross_attention_kernels as kernels
-from blipfast.kernels._runtime import dot_precision, launch, next_power_of_2, short, target
-from blipfast.kernels.tiles import choose
+from blipfast.kernels._attention_launch import Look, backward, forward
+from blipfast.kernels._runtime import unwatched
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,9 +57,10 @@ def cross_attention(
     """
     if dropout_p > 0 and seed is None:
         raise ValueError("dropout needs a seed tensor")
-    out: Tensor = torch.ops.blipfast.triton_cross_attention(
-        q, k, v, cu_rows, order, kv_lengths, seed, max_rows, dropout_p
-    )[0]
+    arguments = (q, k, v, cu_rows, order, kv_lengths, seed, max_rows, dropout_p)
+    if unwatched(q):
+        return _Unwatched.apply(*arguments)  # type: ignore[no-any-return]
+    out: Tensor = torch.ops.blipfast.triton_cross_attention(*arguments)[0]
     return out
 
 
@@ -76,15 +76,8 @@ def run_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """The output and, for the backward pass, each row's log2-sum-exp `(H, T)` in grouped order."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    block_m, tiles = row_tiles(max_rows, q)
-    args: list[Any] = [q, k, v, out, lse, cu_rows, order, kv_lengths, seed]
-    args += _strides(q, k, v, out)
-    args += [(k.shape[2], q.shape[0], q.shape[2]), (*_scales(q), dropout_p), tiles]
-    meta = _meta(q, order, kv_lengths, dropout_p, block_m)
-    launch(kernels.forward, (k.shape[0] * tiles, q.shape[1]), args, **meta)
-    return out, lse
+    look = Look(cu_rows, order, kv_lengths, seed, max_rows, dropout_p)
+    return forward(q, k, v, look)
 
 
 _forward = torch.library.custom_op(
@@ -118,31 +111,10 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q `(T, H, head_dim)`, k and v `(B, H, S, head_dim)`."""
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    inputs = [grad, q, k, v, out, lse]
-    index = [cu_rows, order, kv_lengths, seed]
-    block_m, tiles = row_tiles(max_rows, q, backward=True)
-    sizes = [(k.shape[2], q.shape[0], q.shape[2]), (*_scales(q), dropout_p)]
-    meta = _meta(q, order, kv_lengths, dropout_p, block_m, backward=True)
-    if tiles == 1 and not (q.dtype == torch.float32 and q.shape[2] > 64):
-        outputs = [dq, dk, dv]
-        args: list[Any] = [
-            *inputs,
-            *outputs,
-            *index,
-            *_strides(grad, q, k, v, out, *outputs),
-            *sizes,
-        ]
-        launch(kernels.backward, (k.shape[0], q.shape[1]), args, **meta)
-        return dq, dk, dv
-    delta = torch.empty_like(lse)
-    args = [*inputs, delta, dq, *index, *_strides(grad, q, k, v, out, dq), *sizes, tiles]
-    launch(kernels.backward_queries, (k.shape[0] * tiles, q.shape[1]), args, **meta)
-    args = [grad, q, k, v, lse, delta, dk, dv, *index, *_strides(grad, q, k, v, dk, dv), *sizes]
-    key_tiles = -(-k.shape[2] // meta["BLOCK_N"])
-    # The tiles of a set follow each other, so that its rows are read from the cache.
-    launch(kernels.backward_keys, (key_tiles * k.shape[0], q.shape[1]), args, **meta)
-    return dq, dk, dv
+    gradients = dq, torch.empty_like(k), torch.empty_like(v)
+    look = Look(cu_rows, order, kv_lengths, seed, max_rows, dropout_p)
+    backward(grad, (q, k, v), out, lse, gradients, look)
+    return gradients
 
 
 _backward = torch.library.custom_op(
@@ -175,73 +147,18 @@ def _autograd(ctx: Any, grad: Tensor, _lse: Tensor) -> tuple[Tensor | None, ...]
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
-    """`(set, head, row, column)` of each; rows of queries belong to no set."""
-    return [
-        t.stride() if t.dim() == 4 else (0, t.stride(1), t.stride(0), t.stride(2)) for t in tensors
-    ]
+class _Unwatched(torch.autograd.Function):
+    """The same without PyTorch's dispatcher."""
 
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *look: Any) -> Tensor:
+        out, lse = run_forward(q, k, v, *look)
+        *index, ctx.max_rows, ctx.dropout_p = look
+        ctx.save_for_backward(q, k, v, out, lse, *index)
+        return out
 
-def row_tiles(max_rows: int, q: Tensor, backward: bool = False) -> tuple[int, int]:
-    """Rows of a tile (as many as spill no registers), and tiles of the set with the most rows."""
-    largest, card = 64, target(q)
-    if q.dtype == torch.float32:
-        largest = 32 if not backward or 32 < q.shape[2] <= 64 else 16
-    elif backward and (card == "hip" or int(card) < 90):
-        largest = 32
-    block_m = min(max(16, next_power_of_2(max_rows)), largest)
-    return block_m, max(1, -(-max_rows // block_m))
-
-
-def _scales(q: Tensor) -> tuple[float, float]:
-    """For the gradients, and for scores in powers of two."""
-    scale = 1.0 / math.sqrt(q.shape[2])
-    return scale, scale * math.log2(math.e)
-
-
-def _meta(
-    q: Tensor,
-    order: Tensor | None,
-    kv_lengths: Tensor | None,
-    dropout_p: float,
-    block_m: int,
-    backward: bool = False,
-) -> dict[str, Any]:
-    block_d = max(16, next_power_of_2(q.shape[2]))
-    return {
-        "HAS_ORDER": order is not None,
-        "HAS_LENGTHS": kv_lengths is not None,
-        "DROPOUT": dropout_p > 0,
-        "EVEN_D": block_d == q.shape[2],
-        "BLOCK_M": block_m,
-        "BLOCK_D": block_d,
-        "PRECISION": dot_precision(q),
-        **_configuration(q, block_m, block_d, backward, dropout_p > 0),
-    }
-
-
-def _configuration(
-    q: Tensor, block_m: int, block_d: int, backward: bool, dropout: bool
-) -> dict[str, int]:
-    """Keys of a tile, warps and pipeline stages: the largest that spill no registers."""
-    wide = block_d > 64
-    if q.dtype == torch.float32 and backward:
-        chosen = {"BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
-    elif q.dtype == torch.float32:
-        chosen = {"BLOCK_N": 32, "num_warps": 8 if wide else 4, "num_stages": 2}
-    elif backward:
-        eight = wide or (dropout and block_m == 64)
-        chosen = {"BLOCK_N": 32, "num_warps": 8 if eight else 4, "num_stages": 2}
-    else:
-        eight = wide and block_m == 64
-        chosen = {"BLOCK_N": 64, "num_warps": 8 if eight else 4, "num_stages": 2}
-    if target(q) == "hip":
-        chosen["num_warps"] = 4  # of 64 threads
-    candidates = [chosen]
-    if q.dtype != torch.float32:  # smaller tiles, for more programs at once
-        candidates.append(chosen | {"BLOCK_N": chosen["BLOCK_N"] // 2})
-        if target(q) != "hip" and int(target(q)) >= 90:  # another tile in flight: others lack room
-            candidates.append(chosen | {"num_stages": 3})
-    direction = "backward" if backward else "forward"
-    key = f"{short(q.dtype)} d={block_d} m={block_m}" + " dropout" * dropout
-    return choose(f"cross_attention {direction}", key, candidates, q)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = run_backward(grad, *ctx.saved_tensors, ctx.max_rows, ctx.dropout_p)
+        return (*gradients, *[None] * 6)

@@ -69,7 +69,7 @@ def test_nothing_waits_for_the_card(dtype: torch.dtype) -> None:
     def all_of_them() -> None:
         for p in (0.0, 0.1):
             both_ways(lambda *x, p=p: cross_attention(*x, plan, dropout_p=p), q, k, v)
-        both_ways(lambda x: varlen_attention(x, packing, causal=True), qkv)
+            both_ways(lambda x, p=p: varlen_attention(x, packing, causal=True, dropout_p=p), qkv)
         both_ways(
             lambda x, y: contrastive_softmax(x, y, t, teacher_query=teacher, alpha=0.4), query, keys
         )
@@ -97,7 +97,8 @@ def test_packed_attention_of_every_library(causal: bool, dtype: torch.dtype) -> 
 
     exact, plain = run("reference", qkv.double()), run("reference", qkv)
     able = [name for name in varlen_backends.names if varlen_backends.can_run(name, qkv)]
-    assert {"torch", "torch_varlen", "reference"} <= set(able)
+    assert {"triton", "torch", "torch_varlen", "reference"} <= set(able)
+    assert varlen_backends.choose(qkv)[0] in ("triton", "flash_attn")
     eps = torch.finfo(dtype).eps
     for name in able:
         for a, b, c in zip(run(name, qkv), exact, plain, strict=True):
@@ -132,13 +133,16 @@ def test_the_same_bits_in_every_run() -> None:
     plan = CrossPlan.build(packing, [i * 7 % 24 for i in range(120)], 24)
     q = torch.randn(packing.total, 12, 64, device=DEVICE, dtype=torch.bfloat16)
     k, v = torch.randn(2, 24, 12, 577, 64, device=DEVICE, dtype=torch.bfloat16)
+    qkv = torch.randn(packing.total, 3, 12, 64, device=DEVICE, dtype=torch.bfloat16)
     query, keys = unit(90, 256), unit(20_000, 256)
     t = torch.tensor(0.07, device=DEVICE)
     first = both_ways(lambda *x: cross_attention(*x, plan), q, k, v)
     first += both_ways(lambda *x: contrastive_softmax(*x, t), query, keys)
+    first += both_ways(lambda x: varlen_attention(x, packing), qkv)
     for _ in range(5):
         again = both_ways(lambda *x: cross_attention(*x, plan), q, k, v)
         again += both_ways(lambda *x: contrastive_softmax(*x, t), query, keys)
+        again += both_ways(lambda x: varlen_attention(x, packing), qkv)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blipfast.errors import ShapeError
+from blipfast.ops import packing as packing_module
+from blipfast.ops.attention import CrossPlan
 from blipfast.ops.packing import Packing, gather_rows, scatter_rows
 
 lengths_lists = st.lists(st.integers(0, 7), min_size=1, max_size=6)
@@ -66,3 +68,46 @@ def test_gather_and_scatter_rows_differentiate() -> None:
     assert torch.autograd.gradcheck(
         lambda x: scatter_rows(x, index, 6), (rows[:3].detach().requires_grad_(),)
     )
+
+
+def test_index_tensors_of_another_device_are_made_on_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each is one copy of what the CPU's layout has, of the same shape and type."""
+    copied = []
+    original = packing_module.from_host
+
+    def from_host(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        assert tensor.is_cpu
+        copied.append(tensor)
+        return original(tensor, device)
+
+    monkeypatch.setattr(packing_module, "from_host", from_host)
+    here, there = (Packing.from_lengths([3, 0, 2, 4], device) for device in ("cpu", "meta"))
+    names = ["lengths_tensor", "cu_seqlens", "sequence_ids", "positions", "first_tokens", "mask"]
+    for name in [*names, "slots", "all_but_last"]:
+        copied.clear()
+        expected, found = getattr(here, name), getattr(there, name)
+        assert found.is_meta
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        (made,) = copied
+        assert torch.equal(made, expected)
+        assert getattr(there, name) is found
+    assert here.all_but_last.tolist() == [0, 1, 3, 5, 6, 7]
+    copied.clear()
+    assert there.select([2, 0])[1].is_meta
+    assert torch.equal(copied[-1], here.select([2, 0])[1])
+
+
+def test_plans_of_another_device_too() -> None:
+    for index in ([1, 0, 1, 0], [0, 0, 1, 1]):
+        plans = [
+            CrossPlan.build(Packing.from_lengths([3, 1, 2, 4], device), index, 2).prepare()
+            for device in ("cpu", "meta")
+        ]
+        for name in ("order", "slots"):
+            expected, found = (getattr(plan, name) for plan in plans)
+            assert (expected is None) == (found is None)
+            if found is not None:
+                assert found.is_meta
+                assert found.shape == expected.shape

@@ -1,6 +1,8 @@
-"""Triton kernels of `cross_attention`; shapes and layout as in its launcher.
+"""Triton kernels of `cross_attention` and `varlen_attention`; shapes and layout as there.
 
 Tensors come with four strides, `(set, head, row, column)`; rows of queries have no set (stride 0).
+PACKED: neither have keys and values, which lie as the rows do, a set's own rows being its keys.
+CAUSAL: of these a row sees those up to its own.
 Scores are kept in powers of two (`exp2`), and transposed, `(keys, rows)`, in the backward kernels,
 so that three of their five products take their operands as they come.
 """
@@ -24,11 +26,17 @@ def _rows(cu_rows, order, b, tile, HAS_ORDER: tl.constexpr, BLOCK_M: tl.constexp
 
 
 @triton.jit
-def _num_keys(kv_lengths, b, num_keys, HAS_LENGTHS: tl.constexpr):
-    if HAS_LENGTHS:
-        return tl.maximum(tl.minimum(tl.load(kv_lengths + b).to(tl.int32), num_keys), 0)
+def _keys(kv_lengths, cu_rows, b, num_keys, HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr):
+    """Where a set's keys start, how many are valid, how many there are."""
+    if PACKED:
+        first = tl.load(cu_rows + b)
+        count = tl.load(cu_rows + b + 1) - first
+        return first.to(tl.int64), count, count
+    elif HAS_LENGTHS:
+        valid = tl.maximum(tl.minimum(tl.load(kv_lengths + b).to(tl.int32), num_keys), 0)
+        return 0, valid, num_keys
     else:
-        return num_keys
+        return 0, num_keys, num_keys
 
 
 @triton.jit
@@ -85,6 +93,8 @@ def forward(
     tiles,
     HAS_ORDER: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    PACKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -98,29 +108,34 @@ def forward(
         tl.program_id(0) % tiles,
         tl.program_id(1),
     )
-    num_keys, num_rows, head_dim = sizes[0], sizes[1], sizes[2]
+    num_rows, head_dim = sizes[1], sizes[2]
     grouped, packed, rows = _rows(cu_rows, order, b, tile, HAS_ORDER, BLOCK_M)
-    valid_keys = _num_keys(kv_lengths, b, num_keys, HAS_LENGTHS)
+    first, valid_keys, _num = _keys(kv_lengths, cu_rows, b, sizes[0], HAS_LENGTHS, PACKED)
     columns = tl.arange(0, BLOCK_D)
     if tl.load(cu_rows + b) + tile * BLOCK_M >= tl.load(cu_rows + b + 1):
         return
+    places = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    stop = tl.minimum(valid_keys, (tile + 1) * BLOCK_M) if CAUSAL else valid_keys
     queries = _load(q, q_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
 
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, valid_keys, BLOCK_N):
+    for start in range(0, stop, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         there = n < valid_keys
-        k_tile = _load(k, k_strides, b, h, n, there, columns, head_dim, EVEN_D)
+        k_tile = _load(k, k_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
         s = tl.dot(queries, tl.trans(k_tile), input_precision=PRECISION) * scales[1]
-        s = tl.where(there[None, :], s, float("-inf"))
+        seen = there[None, :]
+        if CAUSAL:
+            seen = seen & (n[None, :] <= places[:, None])
+        s = tl.where(seen, s, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1))
         p = tl.exp2(s - new_peak[:, None])
         fade = tl.exp2(peak - new_peak)
         total = total * fade + tl.sum(p, 1)
         p *= _raise(seed, n[None, :], packed[:, None], h, scales[2], DROPOUT)
-        v_tile = _load(v, v_strides, b, h, n, there, columns, head_dim, EVEN_D)
+        v_tile = _load(v, v_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
         acc = acc * fade[:, None]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
         peak = new_peak
@@ -178,6 +193,8 @@ def backward(
     scales,
     HAS_ORDER: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    PACKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -187,9 +204,9 @@ def backward(
 ):
     """All gradients of one set and head, whose rows fit one tile: everything is read once."""
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    num_keys, num_rows, head_dim = sizes[0], sizes[1], sizes[2]
+    num_rows, head_dim = sizes[1], sizes[2]
     grouped, packed, rows = _rows(cu_rows, order, b, 0, HAS_ORDER, BLOCK_M)
-    valid_keys = _num_keys(kv_lengths, b, num_keys, HAS_LENGTHS)
+    first, valid_keys, num_keys = _keys(kv_lengths, cu_rows, b, sizes[0], HAS_LENGTHS, PACKED)
     valid_keys = tl.where(tl.load(cu_rows + b) < tl.load(cu_rows + b + 1), valid_keys, 0)
     columns = tl.arange(0, BLOCK_D)
     queries = _load(q, q_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
@@ -197,22 +214,25 @@ def backward(
     outs = _load(out, out_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
     delta = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), 1)
     lses = tl.load(lse + h.to(tl.int64) * num_rows + grouped, mask=rows, other=0.0)
+    places = tl.arange(0, BLOCK_M)
 
     dq_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, valid_keys, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         there = n < valid_keys
-        k_tile = _load(k, k_strides, b, h, n, there, columns, head_dim, EVEN_D)
-        v_tile = _load(v, v_strides, b, h, n, there, columns, head_dim, EVEN_D)
+        k_tile = _load(k, k_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
+        v_tile = _load(v, v_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
         pairs = there[:, None] & rows[None, :]
+        if CAUSAL:
+            pairs = pairs & (n[:, None] <= places[None, :])
         raised = _raise(seed, n[:, None], packed[None, :], h, scales[2], DROPOUT)
         weights, ds = _score_gradients(
             k_tile, v_tile, queries, grads, lses, delta, pairs, raised, scales, PRECISION
         )
         dv_tile = tl.dot(weights, grads, input_precision=PRECISION)
-        _store(dv, dv_strides, b, h, n, n < num_keys, columns, head_dim, dv_tile)
+        _store(dv, dv_strides, b, h, first + n, n < num_keys, columns, head_dim, dv_tile)
         dk_tile = tl.dot(ds, queries, input_precision=PRECISION)
-        _store(dk, dk_strides, b, h, n, n < num_keys, columns, head_dim, dk_tile)
+        _store(dk, dk_strides, b, h, first + n, n < num_keys, columns, head_dim, dk_tile)
         dq_acc = tl.dot(tl.trans(ds), k_tile, dq_acc, input_precision=PRECISION)
     _store(dq, dq_strides, 0, h, packed, rows, columns, head_dim, dq_acc)
     nothing = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -247,6 +267,8 @@ def backward_queries(
     tiles,
     HAS_ORDER: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    PACKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -260,11 +282,13 @@ def backward_queries(
         tl.program_id(0) % tiles,
         tl.program_id(1),
     )
-    num_keys, num_rows, head_dim = sizes[0], sizes[1], sizes[2]
+    num_rows, head_dim = sizes[1], sizes[2]
     grouped, packed, rows = _rows(cu_rows, order, b, tile, HAS_ORDER, BLOCK_M)
     if tl.load(cu_rows + b) + tile * BLOCK_M >= tl.load(cu_rows + b + 1):
         return
-    valid_keys = _num_keys(kv_lengths, b, num_keys, HAS_LENGTHS)
+    first, valid_keys, _num = _keys(kv_lengths, cu_rows, b, sizes[0], HAS_LENGTHS, PACKED)
+    places = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    stop = tl.minimum(valid_keys, (tile + 1) * BLOCK_M) if CAUSAL else valid_keys
     columns = tl.arange(0, BLOCK_D)
     queries = _load(q, q_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
     grads = _load(grad, grad_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
@@ -275,12 +299,14 @@ def backward_queries(
     lses = tl.load(lse + place, mask=rows, other=0.0)
 
     dq_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, valid_keys, BLOCK_N):
+    for start in range(0, stop, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         there = n < valid_keys
-        k_tile = _load(k, k_strides, b, h, n, there, columns, head_dim, EVEN_D)
-        v_tile = _load(v, v_strides, b, h, n, there, columns, head_dim, EVEN_D)
+        k_tile = _load(k, k_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
+        v_tile = _load(v, v_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
         pairs = there[:, None] & rows[None, :]
+        if CAUSAL:
+            pairs = pairs & (n[:, None] <= places[None, :])
         raised = _raise(seed, n[:, None], packed[None, :], h, scales[2], DROPOUT)
         _, ds = _score_gradients(
             k_tile, v_tile, queries, grads, lses, deltas, pairs, raised, scales, PRECISION
@@ -313,6 +339,8 @@ def backward_keys(
     scales,
     HAS_ORDER: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    PACKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -321,16 +349,16 @@ def backward_keys(
     PRECISION: tl.constexpr,
 ):
     """dK and dV of a tile of keys: one sum over all the rows of its set."""
-    num_keys, num_rows, head_dim = sizes[0], sizes[1], sizes[2]
-    key_tiles = tl.cdiv(num_keys, BLOCK_N)
+    num_rows, head_dim = sizes[1], sizes[2]
+    key_tiles = tl.cdiv(sizes[0], BLOCK_N)
     b, h = (tl.program_id(0) // key_tiles).to(tl.int64), tl.program_id(1)
     start = (tl.program_id(0) % key_tiles) * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
-    valid_keys = _num_keys(kv_lengths, b, num_keys, HAS_LENGTHS)
+    first, valid_keys, num_keys = _keys(kv_lengths, cu_rows, b, sizes[0], HAS_LENGTHS, PACKED)
     there = n < valid_keys
     columns = tl.arange(0, BLOCK_D)
-    k_tile = _load(k, k_strides, b, h, n, there, columns, head_dim, EVEN_D)
-    v_tile = _load(v, v_strides, b, h, n, there, columns, head_dim, EVEN_D)
+    k_tile = _load(k, k_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
+    v_tile = _load(v, v_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
     num_tiles = tl.cdiv(tl.load(cu_rows + b + 1) - tl.load(cu_rows + b), BLOCK_M)
     num_tiles = tl.where(start < valid_keys, num_tiles, 0)
     lse += h.to(tl.int64) * num_rows
@@ -338,18 +366,21 @@ def backward_keys(
 
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for tile in range(0, num_tiles):
+    for tile in range(start // BLOCK_M if CAUSAL else 0, num_tiles):
         grouped, packed, rows = _rows(cu_rows, order, b, tile, HAS_ORDER, BLOCK_M)
         queries = _load(q, q_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
         grads = _load(grad, grad_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
         lses = tl.load(lse + grouped, mask=rows, other=0.0)
         deltas = tl.load(delta + grouped, mask=rows, other=0.0)
         pairs = there[:, None] & rows[None, :]
+        if CAUSAL:
+            places = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            pairs = pairs & (n[:, None] <= places[None, :])
         raised = _raise(seed, n[:, None], packed[None, :], h, scales[2], DROPOUT)
         weights, ds = _score_gradients(
             k_tile, v_tile, queries, grads, lses, deltas, pairs, raised, scales, PRECISION
         )
         dv_acc = tl.dot(weights, grads, dv_acc, input_precision=PRECISION)
         dk_acc = tl.dot(ds, queries, dk_acc, input_precision=PRECISION)
-    _store(dk, dk_strides, b, h, n, n < num_keys, columns, head_dim, dk_acc)
-    _store(dv, dv_strides, b, h, n, n < num_keys, columns, head_dim, dv_acc)
+    _store(dk, dk_strides, b, h, first + n, n < num_keys, columns, head_dim, dk_acc)
+    _store(dv, dv_strides, b, h, first + n, n < num_keys, columns, head_dim, dv_acc)
