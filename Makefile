@@ -20,9 +20,9 @@ STAMP := $(VENV)/.blipfast-installed
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt \
            $(wildcard kernels/*.py kernels/csrc/*)
 
-.PHONY: help venv demo test test-slow check format docs bench bench-gpu native aot clean
+.PHONY: help venv demo test test-slow test-gpu check format docs bench bench-gpu native aot clean
 help:
-	@echo 'make demo | test | test-slow | check | format | docs | bench | bench-gpu | native | aot | clean'
+	@echo 'make demo | test | test-slow | test-gpu | check | format | docs | bench | bench-gpu | native | aot | clean'
 
 venv: $(STAMP)
 
@@ -49,6 +49,11 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m slow $(PYTEST_ARGS)
 
+# What needs a CUDA card: the kernels compiled, parity with the original, training.
+test-gpu: $(STAMP)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --device cuda tests/gpu tests/parity \
+	  tests/generation/test_golden.py tests/triton_kernels/checks/check_*.py $(PYTEST_ARGS)
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -69,7 +74,7 @@ bench: $(STAMP)
 # On a GPU the figures; elsewhere the same kernels at tiny sizes in the interpreter.
 bench-gpu: $(STAMP)
 	@if $(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then \
-	  $(BIN)/python -m benchmarks --op all --device cuda --dtype bf16 $(BENCH_ARGS); \
+	  $(BIN)/python -m benchmarks --device cuda --dtype bf16 $(BENCH_ARGS); \
 	else \
 	  TRITON_INTERPRET=1 $(BIN)/python -m benchmarks --op all --small --out build/interpreted $(BENCH_ARGS); \
 	fi

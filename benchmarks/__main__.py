@@ -82,7 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     kind = "-sweep" * arguments.sweep + "-interpreted" * arguments.small
     path = arguments.out / f"{slug(results['machine']['name'])}{kind}.json"
     if path.exists() and only != everything:
-        results["rows"] = merged(json.loads(path.read_text())["rows"], results["rows"])
+        before = json.loads(path.read_text())
+        results["rows"] = merged(before["rows"], results["rows"])
+        results["notes"] = before.get("notes", [])
     path.write_text(json.dumps(results, indent=1) + "\n")
     page = (write_sweep_page if arguments.sweep else write_page)(results, path.with_suffix(""))
     print(f"\n{path}\n{page}")

@@ -1,7 +1,7 @@
 """Compile every Triton kernel ahead of time, without a GPU, and look at the machine code.
 
-    python benchmarks/aot.py --arch 80 90 100 gfx942            # the table in benchmarks/results/
-    python benchmarks/aot.py --arch 90 --quick --json -         # a part of it, to standard output
+    python -m benchmarks.aot --arch 80 90 100 gfx942            # the table in benchmarks/results/
+    python -m benchmarks.aot --arch 90 --quick --json -         # a part of it, to standard output
 
 The launchers themselves are called, on tensors without storage, with their launches recorded: what
 is compiled is exactly what they would start. The exit status is 1 when a kernel spills registers,
@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from blipfast.kernels import _runtime
 from blipfast.kernels.tiles import nth_candidate
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from benchmarks.aot_cases import CASES
 
 RESULTS = Path(__file__).parent / "results"
 _OPTIONS = ("num_warps", "num_stages", "num_ctas")
@@ -123,127 +125,6 @@ def record(label: str, run: Callable[[], Any], keys: int | None = None) -> list[
     finally:
         _runtime.recorder = None
     return launches
-
-
-def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _cross_attention_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    from blipfast.kernels.cross_attention import run_backward, run_forward
-
-    dims = (64,) if quick else (32, 64, 128)
-    dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32)
-    rows = ((56, False), (900, True)) if quick else ((3, False), (20, False), (56, True), (900, 0))
-    for dim in dims:
-        for dtype in dtypes:
-            if dtype == torch.float16 and dim != 64:
-                continue  # as bfloat16
-            for max_rows, dropout in rows:
-                q = _empty(90 * max_rows, 12, dim, dtype=dtype)
-                k = _empty(90, 197, 12, dim, dtype=dtype).transpose(1, 2)
-                order = _empty(len(q), dtype=torch.int64)
-                index: list[Any] = [_empty(91, dtype=torch.int32), order, None]
-                index += [_empty(1, dtype=torch.int64) if dropout else None, max_rows]
-                index += [0.1 if dropout else 0.0]
-                lse = _empty(12, len(q), dtype=torch.float32)
-                case = f"cross_attention {_runtime.short(dtype)} d={dim} rows={max_rows}"
-                case += " dropout" * bool(dropout)
-
-                def run(q: Any = q, k: Any = k, lse: Any = lse, index: Any = index) -> None:
-                    run_forward(q, k, k, *index)
-                    run_backward(q, q, k, k, q, lse, *index)
-
-                yield case, run
-
-
-def _varlen_attention_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    from blipfast.kernels.varlen_attention import run_backward, run_forward
-
-    dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32)
-    texts = ((30, 0.1),) if quick else ((10, 0.0), (30, 0.1), (60, 0.1), (200, 0.1))
-    for dim in (64,) if quick else (32, 64, 128):
-        for dtype in dtypes:
-            if dtype == torch.float16 and dim != 64:
-                continue  # as bfloat16
-            for longest, dropout_p in texts:
-                for causal in (False, True):
-                    qkv = _empty(1_208, 3, 12, dim, dtype=dtype)
-                    out, lse = qkv[:, 0], _empty(12, len(qkv), dtype=torch.float32)
-                    index: list[Any] = [_empty(91, dtype=torch.int32)]
-                    index += [_empty(1, dtype=torch.int64) if dropout_p else None]
-                    index += [longest, causal, dropout_p]
-                    case = f"varlen_attention {_runtime.short(dtype)} d={dim} longest={longest}"
-                    case += " causal" * causal + " dropout" * bool(dropout_p)
-
-                    def run(qkv: Any = qkv, out: Any = out, lse: Any = lse, i: Any = index) -> None:
-                        run_forward(qkv, *i)
-                        run_backward(out, qkv, out, lse, *i)
-
-                    yield case, run
-
-
-def _hard_negative_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    from blipfast.kernels.hard_negatives import run_sample
-
-    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
-        for ids in (True,) if quick else (False, True):
-            q, k = _empty(90, 256, dtype=dtype), _empty(720, 256, dtype=dtype)
-            query_ids, key_ids = (_empty(n, dtype=torch.int64) if ids else None for n in (90, 720))
-            numbers = (1e-4, 0, 2**40, 5, 1, 0, 0, 1)
-
-            inputs = (q, k, _empty(), query_ids, key_ids, *numbers)
-
-            def run(arguments: Any = inputs) -> None:
-                run_sample(*arguments)
-
-            yield f"hard_negatives {_runtime.short(dtype)}" + " ids" * ids, run
-
-
-def _contrastive_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    from blipfast.kernels.contrastive import key_gradients, softmax_mean
-
-    sizes = ((90, 57690, 256),) if quick else ((90, 57690, 256), (1, 1, 64))
-    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
-        for rows, num_keys, width in sizes:
-            q, k = _empty(rows, width, dtype=dtype), _empty(num_keys, width, dtype=dtype)
-            per_row = _empty(rows, dtype=torch.float32)
-            ids = [_empty(n, dtype=torch.int64) for n in (rows, num_keys)]
-            lse = _empty(2 * rows, dtype=torch.float32)
-
-            def run(q: Any = q, k: Any = k, weight: Any = per_row, lse: Any = lse) -> None:
-                softmax_mean(q, q, _empty(dtype=torch.float32), [k])
-                key_gradients(q, q, _empty(), [k], lse, (weight,) * 3, None, None, 0)
-
-            def with_ids(
-                q: Any = q, k: Any = k, weight: Any = per_row, lse: Any = lse, ids: Any = ids
-            ) -> None:
-                key_gradients(q, None, _empty(), [k], lse, (weight,) * 3, *ids, 0)
-
-            yield f"contrastive {_runtime.short(dtype)} B={rows} d={width}", run
-            yield f"contrastive {_runtime.short(dtype)} B={rows} d={width} ids", with_ids
-
-
-def _linear_cross_entropy_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    from blipfast.kernels.linear_cross_entropy import losses_then_gradients
-
-    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
-        logits, labels = _empty(549, 30524, dtype=dtype), _empty(549, dtype=torch.int64)
-        for scale in (_empty(549, dtype=torch.float32), None):
-
-            def run(arguments: Any = (logits, labels, 0.1, scale)) -> None:
-                losses_then_gradients(*arguments)
-
-            yield f"linear_cross_entropy {_runtime.short(dtype)}" + " losses" * (scale is None), run
-
-
-CASES = [
-    _cross_attention_cases,
-    _varlen_attention_cases,
-    _hard_negative_cases,
-    _contrastive_cases,
-    _linear_cross_entropy_cases,
-]
 
 
 def compile_launch(launch: Launch, arch: str) -> Row:
@@ -360,7 +241,7 @@ def compile_all(
 def table(rows: Sequence[Row]) -> str:
     """Markdown."""
     lines = [
-        f"Triton {triton.__version__}, compiled without a GPU by `python benchmarks/aot.py`.",
+        f"Triton {triton.__version__}, compiled without a GPU by `python -m benchmarks.aot`.",
         "Occupancy: share of a multiprocessor's threads, from registers and shared memory.",
         "",
         "| arch | case | kernel | configuration | registers | spills | shared, bytes "

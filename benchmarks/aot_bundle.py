@@ -3,7 +3,7 @@
     python -m benchmarks.aot_bundle --arch 90 --out sm90  # or: cmake --build build --target aot
     TRITON_CACHE_DIR=sm90 torchrun ...                         # on the machines with the card
 
-The folder is Triton's own cache. What is compiled are the shapes and dtypes of `benchmarks/aot.py`,
+The folder is Triton's own cache. What is compiled are the shapes and dtypes of `aot_cases.py`,
 by the path that a launch takes up to where it would need the card, so that a launch finds them.
 Triton looks at the version of itself, of the kernels' source and of the card: a bundle serves those
 it was made for, and anything else is compiled on first use as ever.
@@ -47,7 +47,7 @@ def bundle(archs: Sequence[str], out: Path, *, quick: bool = False) -> tuple[int
     from blipfast.kernels import _runtime
     from triton.runtime import driver
 
-    from benchmarks.aot import CASES
+    from benchmarks.aot_cases import CASES
 
     def warm(kernel: Any, grid: Any, args: Sequence[Any], meta: dict[str, Any]) -> None:
         compiled = kernel.run(*args, grid=(1,), warmup=True, **meta)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def _linear(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * math.prod(x) * weight[0]
 
 
-# The counter does not know what is the CPU's alone.
+# What the counter does not know: operators of the CPU alone, by shapes, and ours, by tensors.
 _CPU: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
@@ -56,14 +57,45 @@ def _attention_backward(
     return 5 * 2 * _scores(q, k, cu) * q.shape[3]
 
 
+_OURS: dict[Any, Callable[..., int]] = {}
 if _native.why_not() is None:
-    _CPU[torch.ops.blipfast_native.attention_out] = _attention
-    _CPU[torch.ops.blipfast_native.attention_backward_out] = _attention_backward
-for _count in (_attention, _attention_backward):
+    _OURS[torch.ops.blipfast_native.attention_out] = _attention
+    _OURS[torch.ops.blipfast_native.attention_backward_out] = _attention_backward
+
+
+def _over_images(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * 2 * q.numel() * k.shape[2]
+
+
+def _over_images_backward(grad: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    return 5 * 2 * q.numel() * k.shape[2]
+
+
+def _packed(qkv: Tensor, cu_seqlens: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * 2 * int(cu_seqlens.diff().square().sum()) * qkv[0, 0].numel()
+
+
+def _packed_backward(
+    grad: Any, qkv: Tensor, out: Any, lse: Any, cu_seqlens: Tensor, *_: Any, **__: Any
+) -> int:
+    return 5 * 2 * int(cu_seqlens.diff().square().sum()) * qkv[0, 0].numel()
+
+
+if find_spec("triton"):
+    from blipfast.kernels import cross_attention, varlen_attention  # noqa: F401 - their operators
+
+    _blipfast = torch.ops.blipfast
+    _OURS |= {
+        _blipfast.triton_cross_attention: _over_images,
+        _blipfast.triton_cross_attention_backward: _over_images_backward,
+        _blipfast.triton_varlen_attention: _packed,
+        _blipfast.triton_varlen_attention_backward: _packed_backward,
+    }
+for _count in _OURS.values():
     _count._get_raw = True  # type: ignore[attr-defined,union-attr]  # tensors, not their shapes
 
 
 def count_flops(fn: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False, custom_mapping=_CPU) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_CPU | _OURS) as counter:
         fn()
     return counter.get_total_flops()

@@ -33,8 +33,8 @@ def write_page(results: dict[str, Any], stem: Path) -> Path:
         *heading(results),
         f"![times]({stem.name}.svg)",
         "",
-        "| work | code | seconds | slowest to fastest | times ours | notes |",
-        "|---|---|---|---|---|---|",
+        "| work | code | seconds | slowest to fastest | on the card | times ours | notes |",
+        "|---|---|---|---|---|---|---|",
         *(table_line(row, rows) for row in rows),
         "",
     ]
@@ -54,6 +54,7 @@ def heading(results: dict[str, Any]) -> list[str]:
         + ". Random weights, base size; medians; each pair gave equal results before it was timed; "
         "freed memory is kept for all (`blipfast.environment.keep_freed_memory`).",
         "",
+        *[line for note in results.get("notes", []) for line in (note, "")],
     ]
 
 
@@ -61,7 +62,13 @@ def best_of_ours(group: str, rows: list[Row]) -> Row:
     """Our row of a group; of several backends of ours the fastest; where none ran, of any code."""
     members = [row for row in rows if row.group == group]
     own = [row for row in members if is_ours(row)]
-    return min(own or members, key=lambda row: row.median)
+    return min(own or members, key=cost)
+
+
+def cost(row: Row) -> float:
+    """Seconds: of the card alone, where they were measured, since launches are the host's work."""
+    on_card = row.extra.get("microseconds_on_card")
+    return row.median if on_card is None else 1e-6 * float(on_card)
 
 
 def is_ours(row: Row) -> bool:
@@ -69,11 +76,14 @@ def is_ours(row: Row) -> bool:
 
 
 def table_line(row: Row, rows: list[Row]) -> str:
-    ratio = row.median / best_of_ours(row.group, rows).median
-    notes = ", ".join(f"{name} {short(value)}" for name, value in row.extra.items())
+    ratio = cost(row) / cost(best_of_ours(row.group, rows))
+    extra = dict(row.extra)
+    on_card = extra.pop("microseconds_on_card", None)
+    card = "" if on_card is None else f"{on_card:.4g} us"
+    notes = ", ".join(f"{name} {short(value)}" for name, value in extra.items())
     return (
         f"| {row.group} | {row.code} | {seconds(row.median)} | {seconds(row.slowest)} to "
-        f"{seconds(row.fastest)} | {ratio:.2f} | {notes} |"
+        f"{seconds(row.fastest)} | {card} | {ratio:.2f} | {notes} |"
     )
 
 
@@ -99,7 +109,7 @@ def plot(rows: list[Row], path: Path) -> None:
     for axis, group in zip(axes[:, 0], groups, strict=True):
         mine = best_of_ours(group, rows)
         members = [row for row in rows if row.group == group][::-1]
-        ratios = [row.median / mine.median for row in members]
+        ratios = [cost(row) / cost(mine) for row in members]
         colours = ["#2a7f62" if is_ours(row) else "#b0b0b0" for row in members]
         bars = axis.barh([row.code for row in members], ratios, color=colours)
         axis.bar_label(bars, [f"{r:.1f}x" for r in ratios], padding=3, fontsize=7)

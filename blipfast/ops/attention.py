@@ -274,6 +274,14 @@ def cross_attention(
     return cross_backends(q, impl)(q, k, v, plan, dropout_p)
 
 
+def _cross_on_card(q: Tensor, k: Tensor, v: Tensor, plan: CrossPlan, dropout_p: float) -> Tensor:
+    """The kernel, but for a single set: without an index PyTorch's own attention is as good and
+    better, since its tiles are larger (256 texts over 577 keys on an H100: 136 us against 172)."""
+    if plan.num_kv == 1:
+        return _cross_torch(q, k, v, plan, dropout_p)
+    return _cross_triton(q, k, v, plan, dropout_p)
+
+
 def _cross_triton(q: Tensor, k: Tensor, v: Tensor, plan: CrossPlan, dropout_p: float) -> Tensor:
     """Rows that share a set share a tile; dropout draws its seed from the device's generator."""
     from blipfast.kernels.cross_attention import cross_attention as kernel
@@ -290,7 +298,7 @@ def _cross_triton(q: Tensor, k: Tensor, v: Tensor, plan: CrossPlan, dropout_p: f
     return out
 
 
-cross_backends.register("triton", _not_triton(_triton.why_not))(_cross_triton)
+cross_backends.register("triton", _not_triton(_triton.why_not))(_cross_on_card)
 
 
 @cross_backends.register("native", _packed_why_not, _native_attention.slower)

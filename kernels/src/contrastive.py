@@ -133,6 +133,11 @@ def _configuration(rows: Tensor, gradients: bool = False) -> dict[str, int]:
             block_m, block_n = (32, 64) if warps == 8 else (16, 32)
         first = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": 2}
         candidates = [first, first | {"num_stages": 3}, first | {"BLOCK_N": block_n // 2}]
+        if target(rows) == 90 and not gradients:
+            # A warp group multiplies 64 rows: on an H100 2.4 times as fast as two that share them.
+            wide = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+            large = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+            candidates = [wide, large, first]
     key = f"{short(rows.dtype)} d={next_power_of_2(rows.shape[1])}"
     return choose(f"contrastive {'gradients' if gradients else 'means'}", key, candidates, rows)
 

@@ -18,7 +18,7 @@ CARDS = ["80", "90", "100", "gfx942"]
 
 def compile_for(card: str, *options: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "benchmarks" / "aot.py"), "--arch", card, "--json", "-"]
+    command = [sys.executable, "-m", "benchmarks.aot", "--arch", card, "--json", "-"]
     return subprocess.run(
         [*command, *options], capture_output=True, text=True, env=environment, cwd=ROOT
     )
