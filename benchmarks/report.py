@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 OURS = "blipfast"
+_FAR = 30  # times ours, from which on a plot is logarithmic
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.tick_params(labelsize=7)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
+    if max(cost(row) / cost(best_of_ours(row.group, rows)) for row in rows) > _FAR:
+        axes[-1, 0].set_xscale("log")
     axes[-1, 0].set_xlabel("time, as a multiple of ours", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
