@@ -139,7 +139,7 @@ class ContrastiveBlip(Blip):
         """Brings the drawn images and texts here; of other ranks' images only the drawn ones."""
         negatives = contrast.negatives
         if not contrast.from_all_ranks or world_size() == 1:
-            # The one wait for the device in a step.
+            # The forward waits for the device here alone: the host must know what was drawn.
             places, rows = torch.stack([negatives.image_index, negatives.text_index]).tolist()
             own = [row if row >= 0 else i for i, row in enumerate(rows)]
             return Surroundings(image_embeds, places, text, text.select(own))

@@ -212,7 +212,7 @@ class _Run:
         scalars = [output.loss, norm, *parts.values()]
         scalars += [norm.new_tensor(float(wish)) for wish in dataclasses.astuple(wishes)]
         mean = mean_of_ranks(torch.stack([t.detach().float() for t in scalars]))
-        total, grad_norm, *values = mean.tolist()  # the only wait for the device in a step
+        total, grad_norm, *values = mean.tolist()  # a step waits for the device here
         losses = dict(zip(parts, values[: len(parts)], strict=True))
         if math.isfinite(total) and math.isfinite(grad_norm):
             if config.grad_clip is not None:
