@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 OURS = "blipfast"
+_ON_CARD = "microseconds_on_card"
 _FAR = 30  # times ours, from which on a plot is logarithmic
 
 
@@ -30,13 +31,17 @@ def write_page(results: dict[str, Any], stem: Path) -> Path:
     """Writes `stem.md` and `stem.svg`; returns the page's path."""
     rows = [Row(**row) for row in results["rows"]]
     plot(rows, stem.with_suffix(".svg"))
+    on_card = any(_ON_CARD in row.extra for row in rows)
+    columns = ["work", "code", "seconds", "slowest to fastest", "times ours", "notes"]
+    if on_card:
+        columns.insert(4, "on the card")
     lines = [
         *heading(results),
         f"![times]({stem.name}.svg)",
         "",
-        "| work | code | seconds | slowest to fastest | on the card | times ours | notes |",
-        "|---|---|---|---|---|---|---|",
-        *(table_line(row, rows) for row in rows),
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+        *(table_line(row, rows, on_card) for row in rows),
         "",
     ]
     page = stem.with_suffix(".md")
@@ -68,7 +73,7 @@ def best_of_ours(group: str, rows: list[Row]) -> Row:
 
 def cost(row: Row) -> float:
     """Seconds: of the card alone, where they were measured, since launches are the host's work."""
-    on_card = row.extra.get("microseconds_on_card")
+    on_card = row.extra.get(_ON_CARD)
     return row.median if on_card is None else 1e-6 * float(on_card)
 
 
@@ -76,16 +81,16 @@ def is_ours(row: Row) -> bool:
     return row.code in (OURS, "native", "torch", "triton", "triton_interpreter")
 
 
-def table_line(row: Row, rows: list[Row]) -> str:
+def table_line(row: Row, rows: list[Row], on_card: bool) -> str:
     ratio = cost(row) / cost(best_of_ours(row.group, rows))
     extra = dict(row.extra)
-    on_card = extra.pop("microseconds_on_card", None)
-    card = "" if on_card is None else f"{on_card:.4g} us"
+    card = extra.pop(_ON_CARD, None)
     notes = ", ".join(f"{name} {short(value)}" for name, value in extra.items())
-    return (
-        f"| {row.group} | {row.code} | {seconds(row.median)} | {seconds(row.slowest)} to "
-        f"{seconds(row.fastest)} | {card} | {ratio:.2f} | {notes} |"
-    )
+    cells = [row.group, row.code, seconds(row.median)]
+    cells.append(f"{seconds(row.slowest)} to {seconds(row.fastest)}")
+    if on_card:
+        cells.append("" if card is None else f"{card:.4g} us")
+    return f"| {' | '.join([*cells, f'{ratio:.2f}', notes])} |"
 
 
 def seconds(value: float) -> str:

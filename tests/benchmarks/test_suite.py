@@ -139,6 +139,24 @@ def test_page_and_json(tmp_path: Path) -> None:
     assert merged(results["rows"], [newer]) == [newer]
 
 
+def test_a_page_of_a_card_compares_the_cards_own_time(tmp_path: Path) -> None:
+    """What a caller waits stands beside it, whoever's host was slow."""
+    extra = {"microseconds_on_card": 10.0}
+    rows = [Row("op", "triton", 0.002, 0.002, 0.002, 3, extra)]
+    rows += [Row("op", "eager", 0.001, 0.001, 0.001, 3, {"microseconds_on_card": 400.0})]
+    rows += [Row("step", "blipfast", 0.2, 0.2, 0.2, 3), Row("step", "original", 0.3, 0.3, 0.3, 3)]
+    results = {
+        "command": "python -m benchmarks", "date": "2030-01-02", "notes": ["Said of it."],
+        "machine": {"name": "A card", "details": "1 GiB"}, "versions": {"torch": "3"},
+        "rows": [row.to_dict() for row in rows],
+    }  # fmt: skip
+    page = write_page(results, tmp_path / "card").read_text()
+    assert "| op | triton | 0.002 | 0.002 to 0.002 | 10 us | 1.00 |  |" in page
+    assert "| op | eager | 0.001 | 0.001 to 0.001 | 400 us | 40.00 |  |" in page
+    assert "| step | original | 0.300 | 0.300 to 0.300 |  | 1.50 |  |" in page
+    assert "\nSaid of it.\n" in page
+
+
 def test_every_kernel_runs_through_its_operator_in_the_interpreter(tmp_path: Path) -> None:
     """As a user without a GPU tries them: one command, a fresh process, nothing imported before."""
     done = subprocess.run(
