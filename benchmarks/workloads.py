@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from benchmarks.roofline import synchronize
+
 T = TypeVar("T")
 DEVICE_VAR = "BLIPFAST_BENCH_DEVICE"
 DEVICE = torch.device(os.environ.get(DEVICE_VAR, "cpu"))
@@ -33,8 +35,7 @@ def finished(run: Callable[[], T]) -> Callable[[], T]:
 
     def whole() -> T:
         result = run()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(DEVICE)
         return result
 
     return whole

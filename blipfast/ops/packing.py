@@ -52,8 +52,8 @@ class host_made(lazy):
 
 
 def from_host(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of a tensor on the CPU, for which nobody waits."""
-    if device.type != "cuda":
+    """`tensor.to(device)`, for which nobody waits."""
+    if device.type != "cuda" or not tensor.is_cpu:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 

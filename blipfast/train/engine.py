@@ -234,7 +234,7 @@ class _Run:
         """To the device, but masks: what they say of lengths is wanted on the host."""
         if not isinstance(value, Tensor) or name.endswith("_mask"):
             return value
-        return from_host(value, self.device) if value.is_cpu else value.to(self.device)
+        return from_host(value, self.device)
 
     def _skip_or_stop(
         self, batch: Batch, total: float, losses: dict[str, float], grad_norm: float,

@@ -29,14 +29,20 @@ def launch(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], **meta: Any)
         kernel[grid](*args, **meta)
 
 
-def unwatched(tensor: Tensor) -> bool:
-    """Whether nobody traces, counts or wraps what is called now.
+def first_output(
+    operator: Callable[..., tuple[Tensor, ...]],
+    function: type[torch.autograd.Function],
+    arguments: tuple[Any, ...],
+) -> Tensor:
+    """`operator(*arguments)[0]`, by `function` where nobody traces, counts or wraps what is called.
 
-    Then a kernel's forward and backward are called as they are: through PyTorch's dispatcher a
-    custom operator takes the host twice as long.
+    function: the same kernels as they are. Through PyTorch's dispatcher a custom operator takes the
+    host twice as long.
     """
-    compiling = torch.compiler.is_compiling()
-    return type(tensor) in (Tensor, Parameter) and not compiling and not is_in_torch_dispatch_mode()
+    plain = type(arguments[0]) in (Tensor, Parameter)
+    if plain and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode():
+        return function.apply(*arguments)  # type: ignore[no-any-return]
+    return operator(*arguments)[0]
 
 
 def short(dtype: torch.dtype) -> str:

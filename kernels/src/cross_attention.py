@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from blipfast.kernels._attention_launch import Look, backward, forward
-from blipfast.kernels._runtime import unwatched
+from blipfast.kernels._runtime import first_output
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -58,10 +58,7 @@ def cross_attention(
     if dropout_p > 0 and seed is None:
         raise ValueError("dropout needs a seed tensor")
     arguments = (q, k, v, cu_rows, order, kv_lengths, seed, max_rows, dropout_p)
-    if unwatched(q):
-        return _Unwatched.apply(*arguments)  # type: ignore[no-any-return]
-    out: Tensor = torch.ops.blipfast.triton_cross_attention(*arguments)[0]
-    return out
+    return first_output(torch.ops.blipfast.triton_cross_attention, _Unwatched, arguments)
 
 
 def run_forward(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from blipfast.kernels._attention_launch import Look, backward, forward
-from blipfast.kernels._runtime import unwatched
+from blipfast.kernels._runtime import first_output
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -45,10 +45,7 @@ def varlen_attention(
     if dropout_p > 0 and seed is None:
         raise ValueError("dropout needs a seed tensor")
     arguments = (qkv, cu_seqlens, seed, max_seqlen, causal, dropout_p)
-    if unwatched(qkv):
-        return _Unwatched.apply(*arguments)  # type: ignore[no-any-return]
-    out: Tensor = torch.ops.blipfast.triton_varlen_attention(*arguments)[0]
-    return out
+    return first_output(torch.ops.blipfast.triton_varlen_attention, _Unwatched, arguments)
 
 
 def run_forward(

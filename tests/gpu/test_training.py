@@ -12,7 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-from test_recipes import tiny
+from test_recipes import tiny, tiny_arguments
 
 from blipfast.train.config import packaged_configs
 from blipfast.train.recipes import run_training
@@ -58,25 +58,16 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_under_torchrun(parallel: str, tmp_path: Path) -> None:
-    config = tiny("pretrain", tmp_path, *ON_CARD)
-    assert config.data.shards
+    arguments = tiny_arguments(
+        "pretrain", tmp_path, *ON_CARD, "--fit.parallel", parallel, "--fit.steps", "3",
+        "--fit.precision", "bf16",
+    )  # fmt: skip
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
-        "-m", "blipfast.cli", "train", *arguments_of(tmp_path, parallel),
+        "-m", "blipfast.cli", "train", *arguments,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-6000:]
     (history,) = (tmp_path / "run").glob("**/history.json")
     totals: Any = json.loads(history.read_text())["total"]
     assert len(totals) == 3
-
-
-def arguments_of(folder: Path, parallel: str) -> list[str]:
-    from test_recipes import TINY, VOCABULARY
-
-    return [
-        "--config", "pretrain", *TINY, "--data.mix", "null", "--data.shards",
-        str(folder / "shards"), "--data.vocabulary", str(VOCABULARY), "--output",
-        str(folder / "run"), *ON_CARD, "--fit.parallel", parallel, "--fit.steps", "3",
-        "--fit.precision", "bf16",
-    ]  # fmt: skip

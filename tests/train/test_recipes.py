@@ -41,20 +41,29 @@ TINY = """--model.preset blip_tiny --model.image_size 32 --data.batch_size 4 --d
 
 
 def read(name: str, *overrides: str) -> TrainConfig:
+    return parsed(["--config", name, *overrides])
+
+
+def parsed(arguments: list[str]) -> TrainConfig:
     parser = make_parser("train", "")
     add_dataclass(parser, TrainConfig)
-    return parse_as(TrainConfig, parser, ["--config", name, *overrides], packaged_configs())
+    return parse_as(TrainConfig, parser, arguments, packaged_configs())
 
 
-def tiny(name: str, folder: Path, *overrides: str) -> TrainConfig:
+def tiny_arguments(name: str, folder: Path, *overrides: str) -> list[str]:
+    """What `blipfast train` is given for two small steps of a recipe; its shards are written."""
     task = read(name).task
     records = pairs(8) if task == "nlvr" else RECORDS[task](8)
     shards = write(folder / "shards", records) if not (folder / "shards").exists() else None
-    return read(
-        name, *TINY, "--data.mix", "null", "--data.shards", str(shards or folder / "shards"),
-        "--data.max_dialogue_length", "40", "--data.vocabulary",
-        str(VOCABULARY), "--output", str(folder / "run"), *overrides,
-    )  # fmt: skip
+    return [
+        "--config", name, *TINY, "--data.mix", "null",
+        "--data.shards", str(shards or folder / "shards"), "--data.max_dialogue_length", "40",
+        "--data.vocabulary", str(VOCABULARY), "--output", str(folder / "run"), *overrides,
+    ]  # fmt: skip
+
+
+def tiny(name: str, folder: Path, *overrides: str) -> TrainConfig:
+    return parsed(tiny_arguments(name, folder, *overrides))
 
 
 # task, preset, image, batch, learning rate, schedule, epochs: the table of the original.
