@@ -42,6 +42,27 @@ def _cross_attention_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]
                 yield case, run
 
 
+def _rows_on_the_device_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Cross-attention where the host knows only how many rows there are together."""
+    from blipfast.kernels.cross_attention import run_backward, run_forward
+
+    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
+        for dropout_p in (0.0, 0.1):
+            q = _empty(6_336, 12, 64, dtype=dtype)
+            k = _empty(90, 197, 12, 64, dtype=dtype).transpose(1, 2)
+            seed = _empty(1, dtype=torch.int64) if dropout_p else None
+            index: list[Any] = [_empty(91, dtype=torch.int32), _empty(len(q), dtype=torch.int64)]
+            index += [None, seed, len(q), dropout_p]
+            lse = _empty(12, len(q), dtype=torch.float32)
+            case = f"cross_attention {_runtime.short(dtype)} rows on the device"
+
+            def run(q: Any = q, k: Any = k, lse: Any = lse, index: Any = index) -> None:
+                run_forward(q, k, k, *index)
+                run_backward(q, q, k, k, q, lse, *index)
+
+            yield case + " dropout" * bool(dropout_p), run
+
+
 def _varlen_attention_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     from blipfast.kernels.varlen_attention import run_backward, run_forward
 
@@ -78,11 +99,13 @@ def _hard_negative_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]
             numbers = (1e-4, 0, 2**40, 5, 1, 0, 0, 1)
 
             inputs = (q, k, _empty(), query_ids, key_ids, *numbers)
+            for counter in (None, _empty(dtype=torch.int64)):
 
-            def run(arguments: Any = inputs) -> None:
-                run_sample(*arguments)
+                def run(arguments: Any = (*inputs, counter)) -> None:
+                    run_sample(*arguments)
 
-            yield f"hard_negatives {_runtime.short(dtype)}" + " ids" * ids, run
+                case = f"hard_negatives {_runtime.short(dtype)}" + " ids" * ids
+                yield case + " counter" * (counter is not None), run
 
 
 def _contrastive_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -124,6 +147,7 @@ def _linear_cross_entropy_cases(quick: bool) -> Iterator[tuple[str, Callable[[],
 
 CASES = [
     _cross_attention_cases,
+    _rows_on_the_device_cases,
     _varlen_attention_cases,
     _hard_negative_cases,
     _contrastive_cases,

@@ -15,7 +15,8 @@ from blipfast.models.config import BlipConfig, TextConfig
 from blipfast.models.streams import CrossStates, TextStream, run_streams
 from blipfast.models.text import LMHead, TextTransformer
 from blipfast.models.vit import VisionTransformer
-from blipfast.ops.packing import Packing, from_host
+from blipfast.ops.device_packing import DevicePacking, Index
+from blipfast.ops.packing import Packing
 from blipfast.ops.tied_table import TiedTable
 
 
@@ -62,11 +63,29 @@ class PackedText:
             raise ShapeError(f"text {empty} of the batch has no tokens at all")
         return cls(packing.unpad(input_ids), packing)
 
+    @classmethod
+    def of(cls, input_ids: Tensor | PackedText, attention_mask: Tensor | None) -> PackedText:
+        """What is packed already, or `from_padded`. Raises ShapeError where a mask is missing."""
+        if isinstance(input_ids, PackedText):
+            return input_ids
+        if attention_mask is None:
+            raise ShapeError("padded input_ids (N, L) need an attention_mask (N, L)")
+        return cls.from_padded(input_ids, attention_mask)
+
+    @classmethod
+    def with_room(cls, input_ids: Tensor, lengths: Tensor, room: int) -> PackedText:
+        """From right-padded `(N, L)` ids and lengths `(N,)` on their device, which the host need
+        not know: into `room` tokens, which they must not exceed (`ops.device_packing`).
+        """
+        packing = DevicePacking.with_room(lengths, room, input_ids.shape[1])
+        starts = torch.arange(len(input_ids), device=input_ids.device) * input_ids.shape[1]
+        return cls(input_ids.flatten()[packing.tokens_from(starts)], packing)
+
     def looked_up(self, word: nn.Embedding, special: Sequence[int]) -> PackedText:
         """The same texts with their words looked up, and the tokens they may start with."""
-        extra = from_host(torch.tensor(special, device="cpu"), self.input_ids.device)
         table = TiedTable(word.weight)
-        token_ids = torch.cat([self.input_ids, extra])
+        extra = [self.input_ids.new_full((1,), token_id) for token_id in special]
+        token_ids = torch.cat([self.input_ids, *extra])
         total = self.packing.total
         places = {token_id: total + i for i, token_id in enumerate(special)}
         numbers = torch.arange(total, device=self.input_ids.device)
@@ -102,8 +121,10 @@ class PackedText:
         ids = self.input_ids.index_fill(0, self.packing.first_tokens, first)
         return replace(self, input_ids=ids)
 
-    def select(self, index: Sequence[int]) -> PackedText:
+    def select(self, index: Index) -> PackedText:
         """The texts at `index`, repeats allowed."""
+        if isinstance(index, range) and index == range(self.packing.num_sequences):
+            return self
         packing, tokens = self.packing.select(index)
         return PackedText(self.input_ids[tokens], packing, self.words)
 
@@ -112,11 +133,12 @@ class PackedText:
 
         A last token predicts nothing and, under a causal mask, no other token sees it.
         """
-        keep = self.packing.all_but_last
-        shorter = Packing.from_lengths([n - 1 for n in self.packing.lengths], self.packing.device)
+        shorter, keep = self.packing.without_last()
         shortened = PackedText(self.input_ids[keep], shorter, self.words)
         labels = self.input_ids[keep + 1]
-        return shortened, self.words.token_ids[labels] if self.words else labels
+        labels = self.words.token_ids[labels] if self.words else labels
+        real = shorter.in_sequences
+        return shortened, labels if real is None else labels.masked_fill(~real, -100)
 
     def __add__(self, other: PackedText) -> PackedText:
         """Both, one after the other; words looked up must be the same."""
@@ -211,18 +233,18 @@ class Blip(nn.Module):
         return run_streams([_stream(self.encoder, text, first_only=first_only)])[0]
 
     def grounded_stream(
-        self, text: PackedText, kv_index: Sequence[int], *, first_only: bool = False
+        self, text: PackedText, kv_index: Index, *, first_only: bool = False
     ) -> TextStream:
         """Texts to be encoded in the light of the images they name, starting with [ENC]."""
         text = text.starting_with(self.text_config.enc_token_id)
         return _stream(self.encoder, text, kv_index=kv_index, first_only=first_only)
 
-    def decoder_stream(self, text: PackedText, kv_index: Sequence[int]) -> TextStream:
+    def decoder_stream(self, text: PackedText, kv_index: Index) -> TextStream:
         """Texts to be decoded in the light of what they name, starting with [DEC]."""
         text = text.starting_with(self.text_config.dec_token_id)
         return _stream(self.decoder, text, kv_index=kv_index, causal=True)
 
-    def match(self, text: PackedText, states: CrossStates, kv_index: Sequence[int]) -> Tensor:
+    def match(self, text: PackedText, states: CrossStates, kv_index: Index) -> Tensor:
         """ITM logits `(N, 2)` of each text with the image it names; class 1 is a match."""
         stream = self.grounded_stream(text, kv_index, first_only=True)
         return self.itm_head(run_streams([stream], states)[0])

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blipfast.errors import ConfigError, ShapeError
 from blipfast.ops.attention import CrossPlan
+from blipfast.ops.device_packing import Index, plan_of
 from blipfast.ops.packing import Packing, SharedPrefixes, gather_rows
 
 KeyValue = tuple[Tensor, Tensor]  # (B, H, S, head_dim) each
@@ -51,7 +52,8 @@ class TextStream:
     """Texts of one kind on their way through a transformer's `layers` (`TextLayer`).
 
     hidden: `(T, D)`, embedded. causal: decoded rather than encoded.
-    kv_index: for each text the image it looks at; None for a text on its own.
+    kv_index: for each text the image it looks at, a tensor where only the device knows; None for a
+        text on its own.
     first_only: only each text's first token is wanted ([CLS], [ENC]); the last layer stops there.
     prefixes: `hidden` holds nodes that several texts share, packed by what they look at.
     recompute: no layer keeps its activations; the backward pass computes them again.
@@ -61,7 +63,7 @@ class TextStream:
     hidden: Tensor
     packing: Packing
     causal: bool = False
-    kv_index: Sequence[int] | None = None
+    kv_index: Index | None = None
     first_only: bool = False
     prefixes: SharedPrefixes | None = None
     recompute: bool = False
@@ -125,10 +127,9 @@ def _cross(
 ) -> Tensor:
     def attend(module: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
         if (start, stop) not in plans:
-            packing, index = streams[start].packing, list(streams[start].kv_index or ())
-            for stream in streams[start + 1 : stop]:
-                packing, index = packing + stream.packing, index + list(stream.kv_index or ())
-            plans[start, stop] = CrossPlan.build(packing, index, states.size, states.lengths)
+            packings = [s.packing for s in streams[start:stop]]
+            looks = [s.kv_index for s in streams[start:stop] if s.kv_index is not None]
+            plans[start, stop] = plan_of(packings, looks, states.size, states.lengths)
         return module(x, states.key_values(i, module), plans[start, stop])
 
     return _shared(modules, hidden, streams, attend)
@@ -160,8 +161,7 @@ def _first_tokens(part: Tensor, stream: TextStream) -> Tensor:
 def _shortened(stream: TextStream) -> TextStream:
     if not stream.first_only:
         return stream
-    ones = Packing.from_lengths([1] * stream.packing.num_sequences, stream.packing.device)
-    return replace(stream, packing=ones)
+    return replace(stream, packing=stream.packing.first_only())
 
 
 def cross_module(layer: nn.Module) -> nn.Module:
@@ -174,7 +174,7 @@ def _check_streams(streams: Sequence[TextStream], states: CrossStates | None) ->
         raise ConfigError("streams of one pass must have the same number of layers")
     if any((s.kv_index is None) != (states is None) for s in streams):
         raise ConfigError("streams that look at images need both kv_index and states")
-    if any(s.first_only and 0 in s.packing.lengths for s in streams):
+    if any(s.first_only and s.packing.any_empty for s in streams):
         raise ShapeError("a text has no tokens, so no first token either")
     if states is not None and any(cross_module(s.layers[0]) is None for s in streams):
         raise ConfigError("this text transformer was built without cross-attention")

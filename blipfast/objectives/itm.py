@@ -42,7 +42,7 @@ def draw_negatives(
     key_ids: Tensor | None = None,
     offset: int = 0,
     seed: int = 0,
-    step: int = 0,
+    step: int | Tensor = 0,
     impl: str = "auto",
 ) -> Negatives:
     """Draw one image for each text and one text for each image, hard ones with high probability.

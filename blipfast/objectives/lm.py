@@ -30,7 +30,7 @@ def lm_loss(
     weight: Tensor | None = None,
     label_smoothing: float = 0.1,
     reduction: Reduction = "mean",
-    count: int | None = None,
+    count: int | Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Cross-entropy of the next tokens, without logits of all tokens at once.
@@ -64,6 +64,8 @@ def lm_loss(
         return loss
     if count is None:
         counted = (labels != IGNORE).sum()
+    elif isinstance(count, Tensor):
+        counted = count
     else:
         counted = torch.full((), count, device=loss.device)
     return mean_over_ranks(loss, counted)

@@ -20,6 +20,7 @@ _LAZY = {
     "varlen_attention_reference": "attention",
     "contrastive_softmax": "contrastive",
     "contrastive_softmax_reference": "contrastive",
+    "DevicePacking": "device_packing",
     "dense_attention": "dense",
     "dense_self_attention": "dense",
     "hard_negative_weights": "hard_negatives",

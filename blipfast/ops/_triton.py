@@ -15,6 +15,7 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ENV_VAR = "TRITON_INTERPRET"
+_DEVICES = ("cuda",)
 
 
 @functools.cache
@@ -55,7 +56,7 @@ def _wrong_dtype(tensor: torch.Tensor) -> str | None:
 
 def why_not(tensor: torch.Tensor) -> str | None:
     """Why the kernels cannot run on this tensor's GPU, or None when they can."""
-    if tensor.device.type != "cuda":
+    if tensor.device.type not in _DEVICES:
         return f"Triton kernels run on a GPU, the tensor is on {tensor.device}"
     return _missing() or _too_old(tensor.device.index) or _wrong_dtype(tensor)
 

@@ -49,7 +49,7 @@ def sample_hard_negatives(
     key_ids: Tensor | None = None,
     offset: int = 0,
     seed: int = 0,
-    step: int = 0,
+    step: int | Tensor = 0,
     stream: int = 0,
     first_row: int | None = None,
     first_column: int = 0,
@@ -68,7 +68,8 @@ def sample_hard_negatives(
             them the pairs `(i, offset + i)` are.
         offset: column of the key that belongs to query 0 (own rank's start among all ranks' keys).
         seed, step, stream: name the random numbers. Draws in different directions of one step
-            (image for text, text for image) must differ in `stream`, or they are correlated.
+            (image for text, text for image) must differ in `stream`, or they are correlated. A step
+            may be an int64 scalar on the device, which is never waited for (nor checked).
         first_row: global number of query 0; `offset` when None.
         first_column: global number of key 0. A rank that draws among its own pairs only passes
             `first_row = first_column = rank * B`, with `offset = 0`.
@@ -86,6 +87,8 @@ def sample_hard_negatives(
     """
     _check(query, keys, temperature, query_ids, key_ids)
     first_row = offset if first_row is None else first_row
+    counter = step.reshape(()) if isinstance(step, Tensor) else None
+    step = 0 if isinstance(step, Tensor) else step
     numbers = {"step": step, "stream": stream, "first_row": first_row, "first_column": first_column}
     for name, value in numbers.items():
         if not 0 <= value <= _WORD:
@@ -110,6 +113,7 @@ def sample_hard_negatives(
         first_row,
         first_column,
         num,
+        counter,
     )
     return drawn[:, 0] if num == 1 else drawn
 
@@ -134,6 +138,8 @@ def hard_negative_weights(
         return weights.masked_fill_(excluded, 0.0)
 
 
+# Backends take all arguments in `sample_hard_negatives`' order; the counter, where there is one,
+# stands for the step.
 def _triton_backend(*arguments: Any) -> Tensor:
     from blipfast.kernels.hard_negatives import sample_op
 
@@ -171,6 +177,7 @@ def sample_hard_negatives_reference(
     first_row: int,
     first_column: int,
     num: int,
+    counter: Tensor | None,
 ) -> Tensor:
     """The draw `(B, num)` from the whole weight matrix, as the module's head states it."""
     weights = hard_negative_weights(
@@ -178,7 +185,8 @@ def sample_hard_negatives_reference(
     )
     rows = torch.arange(len(query), device=query.device) + first_row
     columns = torch.arange(len(keys), device=query.device) + first_column
-    u = uniform(rows, columns, seed=seed, step=step, stream=stream)
+    number = step if counter is None else counter
+    u = uniform(rows, columns, seed=seed, step=number, stream=stream)
     return _best(weights.log() - (-u.log()).log(), num)
 
 
@@ -190,7 +198,7 @@ backends.register("triton_interpreter", _triton.why_not_interpreter)(_triton_bac
     mutates_args=(),
     schema="(Tensor query, Tensor keys, Tensor temperature, Tensor? query_ids, Tensor? key_ids,"
     " float eps, int offset, int seed, int step, int stream, int first_row, int first_column,"
-    " int num, str engine='torch') -> Tensor",
+    " int num, Tensor? counter=None, str engine='torch') -> Tensor",
 )
 def _sample(
     query: Tensor,
@@ -206,6 +214,7 @@ def _sample(
     first_row: int,
     first_column: int,
     num: int,
+    counter: Tensor | None = None,
     engine: str = "torch",
 ) -> Tensor:
     """As the reference, but in log space and by blocks of rows, which bounds the memory.
@@ -214,6 +223,9 @@ def _sample(
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     draw = torch.ops.blipfast_native.draw_negatives if engine == "native" else _draw
+    number: int | Tensor = step
+    if counter is not None:
+        number = int(counter) if engine == "native" else counter
     if query_ids is not None and key_ids is not None:
         query_ids, key_ids = query_ids.long().contiguous(), key_ids.long().contiguous()
     block = max(1, _SCORES // max(1, len(keys)))
@@ -224,7 +236,7 @@ def _sample(
             rows = slice(start, min(start + block, len(query)))
             scores = query[rows].to(dtype) @ keys_t / temperature.to(dtype)
             ids = None if query_ids is None else query_ids[rows]
-            counters = (seed, step, stream, first_row + start, first_column, num)
+            counters = (seed, number, stream, first_row + start, first_column, num)
             drawn[rows] = draw(scores, ids, key_ids, eps, offset + start, *counters)
     return drawn
 
@@ -241,7 +253,7 @@ def _draw(
     eps: float,
     offset: int,
     seed: int,
-    step: int,
+    step: int | Tensor,
     stream: int,
     first_row: int,
     first_column: int,
@@ -260,7 +272,7 @@ def _draw(
     return _best(scores, num)
 
 
-def uniform(rows: Tensor, columns: Tensor, *, seed: int, step: int, stream: int) -> Tensor:
+def uniform(rows: Tensor, columns: Tensor, *, seed: int, step: int | Tensor, stream: int) -> Tensor:
     """The numbers `u` `(R, C)` in float32 for global rows `(R,)` and consecutive columns `(C,)`."""
     if columns.numel() == 0:
         return torch.empty(len(rows), 0, device=rows.device)
@@ -273,7 +285,7 @@ def uniform(rows: Tensor, columns: Tensor, *, seed: int, step: int, stream: int)
 
 
 def philox(
-    c0: Tensor, c1: Tensor, c2: int, c3: int, *, seed: int
+    c0: Tensor, c1: Tensor, c2: int | Tensor, c3: int, *, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al. 2011): four 32-bit words, held in int64, for each counter.
 
@@ -282,7 +294,7 @@ def philox(
     """
     k0, k1 = seed & _WORD, seed >> 32 & _WORD
     c0, c1 = torch.broadcast_tensors(c0.long(), c1.long())
-    words = (c0, c1, torch.full_like(c0, c2), torch.full_like(c0, c3))
+    words = (c0, c1, torch.zeros_like(c0) + c2, torch.full_like(c0, c3))
     for _ in range(10):
         first, second = words[0] * _MULTIPLIERS[0], words[2] * _MULTIPLIERS[1]
         words = (

@@ -106,6 +106,25 @@ class Packing:
     def num_sequences(self) -> int:
         return len(self.lengths)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the padded tensor."""
+        return self.num_sequences
+
+    @property
+    def any_empty(self) -> bool:
+        return 0 in self.lengths
+
+    @property
+    def num_following(self) -> int | Tensor:
+        """How many tokens follow another of their sequence, which a language model learns."""
+        return self.total - self.num_sequences
+
+    @property
+    def in_sequences(self) -> Tensor | None:
+        """`(T,)` bool, True for a token of a sequence; None: all are."""
+        return None
+
     @lazy
     def total(self) -> int:
         return sum(self.lengths)
@@ -133,7 +152,7 @@ class Packing:
     @host_made
     def sequence_ids(self) -> Tensor:
         """`(T,)` int64: the sequence each token belongs to."""
-        sequences = torch.arange(self.num_sequences, device=self.device)
+        sequences = torch.arange(self.num_rows, device=self.device)
         return sequences.repeat_interleave(self.lengths_tensor, output_size=self.total)
 
     @host_made
@@ -170,16 +189,16 @@ class Packing:
 
     def pad(self, packed: Tensor) -> Tensor:
         """`(T, ...)` to `(N, max_seqlen, ...)`, zeros where there is no token."""
-        shape = (self.num_sequences, self.max_seqlen, *packed.shape[1:])
+        shape = (self.num_rows, self.max_seqlen, *packed.shape[1:])
         if self.uniform:
             return packed.reshape(shape)
         return scatter_rows(packed, self.slots, shape[0] * shape[1]).reshape(shape)
 
     def unpad(self, padded: Tensor) -> Tensor:
         """`(N, L, ...)` with `L >= max_seqlen` to `(T, ...)`."""
-        if padded.shape[:1] != (self.num_sequences,) or padded.shape[1] < self.max_seqlen:
+        if padded.shape[:1] != (self.num_rows,) or padded.shape[1] < self.max_seqlen:
             raise ShapeError(
-                f"expected ({self.num_sequences}, >= {self.max_seqlen}, ...) to unpad, "
+                f"expected ({self.num_rows}, >= {self.max_seqlen}, ...) to unpad, "
                 f"got {tuple(padded.shape)}"
             )
         rows = padded.flatten(0, 1)
@@ -188,12 +207,22 @@ class Packing:
         slots = self.slots if padded.shape[1] == self.max_seqlen else self._slots(padded.shape[1])
         return gather_rows(rows, slots)
 
-    def select(self, index: Sequence[int]) -> tuple[Packing, Tensor]:
+    def select(self, index: Sequence[int] | Tensor) -> tuple[Packing, Tensor]:
         """The packing of the sequences in `index` and the `(T',)` token index that gathers them."""
+        index = index.tolist() if isinstance(index, Tensor) else index
         chosen = Packing.from_lengths([self.lengths[i] for i in index], self.device)
         starts = self.host.first_tokens[torch.tensor(index, dtype=torch.int64, device="cpu")]
         tokens = starts[chosen.host.sequence_ids] + chosen.host.positions
         return chosen, from_host(tokens, self.device)
+
+    def first_only(self) -> Packing:
+        """The packing of each sequence's first token alone."""
+        return Packing.from_lengths([1] * self.num_sequences, self.device)
+
+    def without_last(self) -> tuple[Packing, Tensor]:
+        """The packing without each sequence's last token, and the token index that gathers it."""
+        shorter = Packing.from_lengths([n - 1 for n in self.lengths], self.device)
+        return shorter, self.all_but_last
 
     def __add__(self, other: Packing) -> Packing:
         """The packing of `torch.cat([a, b])`."""

@@ -7,7 +7,6 @@ Their step has three phases, so that a batch can also be gone through in parts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from blipfast.objectives.distributed import (
 from blipfast.objectives.itc import FeatureQueue, gather_keys, itc_loss
 from blipfast.objectives.itm import Negatives
 from blipfast.objectives.momentum import MomentumTwin
+from blipfast.ops.device_packing import DevicePacking, Index
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,26 @@ class Surroundings:
     """All that a batch's texts may be grounded in, at hand on this rank.
 
     image_embeds: `(B + U, S, D)`, the batch's own images first. image_places: for each text the
-    place of the drawn image among them, -1 for none. text, drawn_texts: the batch's texts, and for
-    each image the drawn one (any, where none was drawn).
+    place of the drawn image among them, -1 for none; a tensor where only the device knows. text,
+    drawn_texts: the batch's texts, and for each image the drawn one (any, where none was drawn).
     """
 
     image_embeds: Tensor
-    image_places: Sequence[int]
+    image_places: Index
     text: PackedText
     drawn_texts: PackedText
 
-    def itm_pairs(self, part: range) -> tuple[PackedText, list[int]]:
+    def itm_pairs(self, part: range) -> tuple[PackedText, Index]:
         """ITM's pairs of the texts in `part`, and the image of each: the positives, each text with
         a drawn image, each image with a drawn text.
 
         A row with nothing to draw stands in for itself; the loss leaves it out.
         """
         text, drawn = self.text.select(part), self.drawn_texts.select(part)
+        if isinstance(self.image_places, Tensor):
+            own = torch.arange(part.start, part.stop, device=self.image_places.device)
+            drawn_images = _or_own(self.image_places[part.start : part.stop], own)
+            return text + text + drawn, torch.cat([own, drawn_images, own])
         places = [self.image_places[i] if self.image_places[i] >= 0 else i for i in part]
         return text + text + drawn, [*part, *places, *part]
 
@@ -106,7 +110,7 @@ class ContrastiveBlip(Blip):
         self,
         features: tuple[Tensor, Tensor],
         features_m: tuple[Tensor, Tensor],
-        alpha: float,
+        alpha: float | Tensor,
         image_ids: Tensor | None,
         update_state: bool,
     ) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -131,23 +135,36 @@ class ContrastiveBlip(Blip):
     def surroundings(
         self,
         image_embeds: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
+        input_ids: Tensor | PackedText,
+        attention_mask: Tensor | None,
         contrast: Contrast,
         text: PackedText,
     ) -> Surroundings:
         """Brings the drawn images and texts here; of other ranks' images only the drawn ones."""
         negatives = contrast.negatives
-        if not contrast.from_all_ranks or world_size() == 1:
-            # The forward waits for the device here alone: the host must know what was drawn.
-            places, rows = torch.stack([negatives.image_index, negatives.text_index]).tolist()
-            own = [row if row >= 0 else i for i, row in enumerate(rows)]
-            return Surroundings(image_embeds, places, text, text.select(own))
-        image_embeds, places = fetch_rows(image_embeds, negatives.image_index)
-        ids, mask = gather_texts(input_ids, attention_mask)
-        drawn_rows = negatives.text_index.clamp(min=0)
-        drawn = PackedText.from_padded(ids[drawn_rows], mask[drawn_rows])
-        return Surroundings(image_embeds, places, *text.with_words_of(drawn))
+        if contrast.from_all_ranks and world_size() > 1:
+            if isinstance(input_ids, PackedText) or attention_mask is None:
+                raise ShapeError(
+                    "negatives from all ranks need padded input_ids and attention_mask; packed "
+                    "texts go with across_ranks=False"
+                )
+            image_embeds, places = fetch_rows(image_embeds, negatives.image_index)
+            ids, mask = gather_texts(input_ids, attention_mask)
+            rows = negatives.text_index.clamp(min=0)
+            drawn = PackedText.from_padded(ids[rows], mask[rows])
+            return Surroundings(image_embeds, places, *text.with_words_of(drawn))
+        if isinstance(text.packing, DevicePacking):  # and so are the drawn texts' lengths
+            own = torch.arange(len(image_embeds), device=image_embeds.device)
+            drawn = text.select(_or_own(negatives.text_index, own))
+            return Surroundings(image_embeds, negatives.image_index, text, drawn)
+        # The forward waits for the device here alone: the host must know what was drawn.
+        places, drawn_rows = torch.stack([negatives.image_index, negatives.text_index]).tolist()
+        drawn = text.select([row if row >= 0 else i for i, row in enumerate(drawn_rows)])
+        return Surroundings(image_embeds, places, text, drawn)
+
+
+def _or_own(drawn: Tensor, own: Tensor) -> Tensor:
+    return drawn.where(drawn >= 0, own)
 
 
 def check_batch(pixel_values: Tensor, text: PackedText) -> None:

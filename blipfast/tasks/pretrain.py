@@ -77,11 +77,11 @@ class BlipForPretraining(ContrastiveBlip):
     def forward(
         self,
         pixel_values: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
+        input_ids: Tensor | PackedText,
+        attention_mask: Tensor | None = None,
         *,
-        alpha: float,
-        step: int,
+        alpha: float | Tensor,
+        step: int | Tensor,
         seed: int = 0,
         image_ids: Tensor | None = None,
         negatives: Negatives | None = None,
@@ -89,13 +89,15 @@ class BlipForPretraining(ContrastiveBlip):
     ) -> PretrainOutput:
         """One step's losses.
 
-        pixel_values: `(B, 3, size, size)`. input_ids, attention_mask: `(B, L)`, right-padded.
+        pixel_values: `(B, 3, size, size)`. input_ids, attention_mask: `(B, L)`, right-padded; or
+        the texts as `PackedText`: with `PackedText.with_room` the host never waits for the device.
         alpha: weight of the momentum model's soft targets (`objectives.itc.alpha_at`).
         step, seed: key of the negatives' random draws, so that they can be repeated anywhere.
+        alpha and step may be scalars on the device, which a recorded graph reads anew each time.
         image_ids: `(B,)`, used with `exclude_equal_ids`. negatives: given rather than drawn.
         update_state: move the momentum twin and the queue; by default only in training mode.
         """
-        text = PackedText.from_padded(input_ids, attention_mask)
+        text = PackedText.of(input_ids, attention_mask)
         check_batch(pixel_values, text)
         update_state = self.training if update_state is None else update_state
         clamp_temperature_(self.temp)
@@ -109,7 +111,7 @@ class BlipForPretraining(ContrastiveBlip):
             image_ids=image_ids, negatives=negatives, update_state=update_state,
         )  # fmt: skip
         around = self.surroundings(image_embeds, input_ids, attention_mask, contrast, words)
-        itm_logits, loss_lm = self.ground(around, range(len(input_ids)))
+        itm_logits, loss_lm = self.ground(around, range(text.packing.num_sequences))
         loss_itm = itm_loss(itm_logits, contrast.negatives)
         return PretrainOutput(contrast.loss_itc, loss_itm, loss_lm, itm_logits, contrast.negatives)
 
@@ -118,8 +120,8 @@ class BlipForPretraining(ContrastiveBlip):
         features: tuple[Tensor, Tensor],
         features_m: tuple[Tensor, Tensor],
         *,
-        alpha: float,
-        step: int,
+        alpha: float | Tensor,
+        step: int | Tensor,
         seed: int,
         image_ids: Tensor | None,
         negatives: Negatives | None,
@@ -159,6 +161,6 @@ class BlipForPretraining(ContrastiveBlip):
             self.lm_head,
             weight=decoded.words.table.weight if decoded.words else None,
             label_smoothing=self.label_smoothing,
-            count=around.text.packing.total - around.text.packing.num_sequences,
+            count=around.text.packing.num_following,
         )
         return self.itm_head(first), loss_lm

@@ -67,12 +67,12 @@ class BlipForRetrieval(ContrastiveBlip):
     def forward(
         self,
         pixel_values: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
+        input_ids: Tensor | PackedText,
+        attention_mask: Tensor | None = None,
         *,
         image_ids: Tensor,
-        alpha: float,
-        step: int,
+        alpha: float | Tensor,
+        step: int | Tensor,
         seed: int = 0,
         negatives: Negatives | None = None,
         update_state: bool | None = None,
@@ -82,7 +82,7 @@ class BlipForRetrieval(ContrastiveBlip):
         image_ids: `(B,)` int64. The other arguments are those of `BlipForPretraining.forward`.
         """
         teacher = self.teacher
-        text = PackedText.from_padded(input_ids, attention_mask)
+        text = PackedText.of(input_ids, attention_mask)
         check_batch(pixel_values, text)
         update_state = self.training if update_state is None else update_state
         clamp_temperature_(self.temp)
@@ -96,7 +96,7 @@ class BlipForRetrieval(ContrastiveBlip):
             image_ids=image_ids, negatives=negatives, update_state=update_state,
         )  # fmt: skip
         around = self.surroundings(image_embeds, input_ids, attention_mask, contrast, words)
-        itm_logits = self.ground(around, range(len(input_ids)))
+        itm_logits = self.ground(around, range(text.packing.num_sequences))
         loss_itm = itm_loss(itm_logits, contrast.negatives)
         return RetrievalOutput(contrast.loss_itc, loss_itm, itm_logits, contrast.negatives)
 
@@ -105,8 +105,8 @@ class BlipForRetrieval(ContrastiveBlip):
         features: tuple[Tensor, Tensor],
         features_m: tuple[Tensor, Tensor],
         *,
-        alpha: float,
-        step: int,
+        alpha: float | Tensor,
+        step: int | Tensor,
         seed: int,
         image_ids: Tensor,
         negatives: Negatives | None,

@@ -44,7 +44,15 @@ _REDRAW_SECONDS = 0.1
 # What a resumed run may change: its length, how it reports, and over how many ranks it runs.
 _MAY_CHANGE = frozenset(
     {"steps", "epochs", "log_every", "checkpoint_every", "keep_checkpoints", "on_nonfinite"}
-    | {"max_skips", "compile", "parallel", "grad_checkpointing", "micro_batch", "hang_timeout"}
+    | {
+        "max_skips",
+        "compile",
+        "cuda_graph",
+        "parallel",
+        "grad_checkpointing",
+        "micro_batch",
+        "hang_timeout",
+    }
 )
 
 
@@ -58,6 +66,20 @@ class StepOutput(Protocol):
     def loss(self) -> Tensor: ...
 
     def losses(self) -> dict[str, Tensor]: ...
+
+
+@dataclasses.dataclass
+class FinishedLosses:
+    """The output of a step that has run the backward pass itself: `parts` add up to its loss."""
+
+    parts: dict[str, Tensor]
+
+    @property
+    def loss(self) -> Tensor:
+        return torch.stack(list(self.parts.values())).sum()
+
+    def losses(self) -> dict[str, Tensor]:
+        return self.parts
 
 
 StepFn = Callable[[Any, Batch, int, float], StepOutput]

@@ -77,6 +77,8 @@ def lay_out(model: nn.Module, config: FitConfig) -> Layout:
             "fit.micro_batch goes with fit.parallel=ddp; under fsdp save memory by "
             "fit.grad_checkpointing"
         )
+    if config.cuda_graph:
+        _check_graph(model, config)
     if config.compile:
         compile_regions(model)
     if config.parallel == "fsdp":
@@ -99,6 +101,18 @@ def lay_out(model: nn.Module, config: FitConfig) -> Layout:
         **{switch: False},
     )
     return Layout(model, wrapped, _nothing, [])
+
+
+def _check_graph(model: nn.Module, config: FitConfig) -> None:
+    others = {"parallel=fsdp": config.parallel == "fsdp", "micro_batch": config.micro_batch}
+    others["grad_checkpointing"] = config.grad_checkpointing  # reads the generators' state
+    excluded = [name for name, is_set in others.items() if is_set]
+    if excluded:
+        raise ConfigError(f"fit.cuda_graph does not go with fit.{excluded[0]}")
+    device = next(model.parameters()).device
+    if device.type != "cuda" or world_size() > 1:
+        where = f"{world_size()} ranks" if world_size() > 1 else f"a {device.type}"
+        raise ConfigError(f"fit.cuda_graph is for one GPU, this run is on {where}")
 
 
 def _shared_out(model: nn.Module, config: FitConfig) -> Layout:

@@ -29,6 +29,7 @@ from blipfast.models.config import BlipConfig, blip_config
 from blipfast.objectives.itc import alpha_at
 from blipfast.tasks.in_parts import backward_in_parts
 from blipfast.train.batches import ShardBatches, count_samples
+from blipfast.train.captured import CapturedStep
 from blipfast.train.checkpoints import Checkpoints
 from blipfast.train.config import FitConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from blipfast.train.dry_run import show_plan
@@ -67,11 +68,17 @@ def _contrastive_step(objective: ObjectiveConfig, config: FitConfig) -> StepFn:
     """ITC, ITM (and LM in pre-training) with alpha ramped in over the first epochs."""
     length, ramp = config.epoch_length, objective.alpha_ramp_epochs
 
+    def alpha(step: int) -> float:
+        return alpha_at(objective.alpha, 0, step, length, ramp)
+
+    if config.cuda_graph:
+        return CapturedStep(alpha, config.seed)
+
     def step(model: Any, batch: Batch, step: int, epoch: float) -> StepOutput:
         images, texts = batch["pixel_values"], (batch["input_ids"], batch["attention_mask"])
         options = {
             "image_ids": batch["image_ids"],
-            "alpha": alpha_at(objective.alpha, 0, step, length, ramp),
+            "alpha": alpha(step),
             "step": step,
             "seed": config.seed,
         }
@@ -177,6 +184,8 @@ def run_training(config: TrainConfig, progress: Progress | None = None) -> Histo
     SIGTERM.
     """
     device = pick_device(config.device)
+    if config.fit.cuda_graph and config.task not in ("pretrain", "retrieval"):
+        raise ConfigError(f"fit.cuda_graph is for pretrain and retrieval, not for {config.task}")
     # A rank that waits for one that hangs should find out by the watchdog, not by this.
     timeout = 2 * config.fit.hang_timeout
     with process_group(device, timeout, alone_too=config.fit.parallel == "fsdp"):
@@ -204,7 +213,7 @@ def _run_on_ranks(config: TrainConfig, device: torch.device, progress: Progress 
         device=device,
     )
     if config.dry_run:
-        whole = dataclasses.replace(fit_config, micro_batch=None)
+        whole = dataclasses.replace(fit_config, micro_batch=None, cuda_graph=False)
         step = recipe.make_step(config.objective, whole)
         if rank() == 0:
             show_plan(config, fit_config, model, batches, step, device)

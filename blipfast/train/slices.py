@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,24 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from blipfast.train.config import TaskName
-from blipfast.train.engine import Batch, StepFn
+from blipfast.train.engine import Batch, FinishedLosses, StepFn
 from blipfast.train.ranks import world_size
 
 _BY_ROW = ("pixel_values", "input_ids", "attention_mask", "image_ids", "keys")
-
-
-@dataclass
-class SlicedOutput:
-    """The losses of all slices together; they have no graph, since each has run backward."""
-
-    parts: dict[str, Tensor]
-
-    @property
-    def loss(self) -> Tensor:
-        return torch.stack(list(self.parts.values())).sum()
-
-    def losses(self) -> dict[str, Tensor]:
-        return self.parts
 
 
 def in_slices(step: StepFn, task: TaskName, micro_batch: int | None) -> StepFn:
@@ -52,7 +37,7 @@ def in_slices(step: StepFn, task: TaskName, micro_batch: int | None) -> StepFn:
                 loss.backward()
             for name, value in output.losses().items():
                 sums[name] = sums.get(name, 0) + value.detach() * weight
-        return SlicedOutput(sums)
+        return FinishedLosses(sums)
 
     return sliced
 

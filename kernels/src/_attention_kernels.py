@@ -14,6 +14,16 @@ import triton.language as tl
 
 
 @triton.jit
+def _place(table, tiles, BY_TABLE: tl.constexpr):
+    """The set and the tile of rows that are this program's: by number, or from a list of them."""
+    number = tl.program_id(0)
+    if BY_TABLE:
+        return tl.load(table + 2 * number).to(tl.int64), tl.load(table + 2 * number + 1)
+    else:
+        return (number // tiles).to(tl.int64), number % tiles
+
+
+@triton.jit
 def _rows(cu_rows, order, b, tile, HAS_ORDER: tl.constexpr, BLOCK_M: tl.constexpr):
     """Grouped and packed numbers of a tile's rows, and which of them exist."""
     grouped = tl.load(cu_rows + b) + tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -91,6 +101,8 @@ def forward(
     sizes,
     scales,
     tiles,
+    table,
+    BY_TABLE: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -102,12 +114,9 @@ def forward(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Output and log2-sum-exp of a tile of rows; `tiles` programs for each set."""
-    b, tile, h = (
-        (tl.program_id(0) // tiles).to(tl.int64),
-        tl.program_id(0) % tiles,
-        tl.program_id(1),
-    )
+    """Output and log2-sum-exp of a tile of rows; `tiles` programs for each set, or a table's."""
+    b, tile = _place(table, tiles, BY_TABLE)
+    h = tl.program_id(1)
     num_rows, head_dim = sizes[1], sizes[2]
     grouped, packed, rows = _rows(cu_rows, order, b, tile, HAS_ORDER, BLOCK_M)
     first, valid_keys, _num = _keys(kv_lengths, cu_rows, b, sizes[0], HAS_LENGTHS, PACKED)
@@ -265,6 +274,8 @@ def backward_queries(
     sizes,
     scales,
     tiles,
+    table,
+    BY_TABLE: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -277,11 +288,8 @@ def backward_queries(
     PRECISION: tl.constexpr,
 ):
     """dQ of a tile of rows, and their `delta = sum(out * grad)` for `backward_keys`."""
-    b, tile, h = (
-        (tl.program_id(0) // tiles).to(tl.int64),
-        tl.program_id(0) % tiles,
-        tl.program_id(1),
-    )
+    b, tile = _place(table, tiles, BY_TABLE)
+    h = tl.program_id(1)
     num_rows, head_dim = sizes[1], sizes[2]
     grouped, packed, rows = _rows(cu_rows, order, b, tile, HAS_ORDER, BLOCK_M)
     if tl.load(cu_rows + b) + tile * BLOCK_M >= tl.load(cu_rows + b + 1):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from blipfast.kernels import _attention_kernels as kernels
 from blipfast.kernels._runtime import dot_precision, launch, next_power_of_2, short, target
+from blipfast.kernels._tile_table import tile_table
 from blipfast.kernels.tiles import choose
 from torch import Tensor
 
@@ -37,9 +38,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, look: Look) -> tuple[Tensor, Tensor
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
     block_m, tiles = row_tiles(look.max_rows, q, k)
     args: list[Any] = [q, k, v, out, lse, look.cu_rows, look.order, look.kv_lengths, look.seed]
-    args += [*_strides(q, k, v, out), *_sizes(q, k, look), tiles]
+    programs, table = _programs(q, look, block_m, tiles)
+    args += [*_strides(q, k, v, out), *_sizes(q, k, look), tiles, table]
     meta = _meta(q, k, look, block_m)
-    launch(kernels.forward, (_sets(look) * tiles, q.shape[1]), args, **meta)
+    launch(kernels.forward, (programs, q.shape[1]), args, BY_TABLE=table is not None, **meta)
     return out, lse
 
 
@@ -66,12 +68,28 @@ def backward(
         return
     delta = torch.empty_like(lse)
     args = [grad, q, k, v, out, lse, delta, dq, *index]
-    args += [*_strides(grad, q, k, v, out, dq), *sizes, tiles]
-    launch(kernels.backward_queries, (sets * tiles, heads), args, **meta)
+    programs, table = _programs(q, look, block_m, tiles)
+    args += [*_strides(grad, q, k, v, out, dq), *sizes, tiles, table]
+    grid = (programs, heads)
+    launch(kernels.backward_queries, grid, args, BY_TABLE=table is not None, **meta)
     args = [grad, q, k, v, lse, delta, dk, dv, *index, *_strides(grad, q, k, v, dk, dv), *sizes]
     key_tiles = -(-_num_keys(k, look) // meta["BLOCK_N"])
     # The tiles of a set follow each other, so that its rows are read from the cache.
     launch(kernels.backward_keys, (key_tiles * sets, heads), args, **meta)
+
+
+# Programs without rows end at once, but so many of them for one that has some take longer to start
+# than the table to be made, which is a launch of its own.
+_MOST_EMPTY = 8
+
+
+def _programs(q: Tensor, look: Look, block_m: int, tiles: int) -> tuple[int, Tensor | None]:
+    """Programs over tiles of rows and, where most would be empty, the table of those that exist."""
+    all_tiles, needed = _sets(look) * tiles, _sets(look) + q.shape[0] // block_m
+    if all_tiles <= _MOST_EMPTY * needed:
+        return all_tiles, None
+    table = tile_table(look.cu_rows, q.shape[0], block_m)
+    return table.shape[0], table
 
 
 def _sets(look: Look) -> int:

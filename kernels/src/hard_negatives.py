@@ -79,6 +79,7 @@ def sample(
     temperature,
     query_ids,
     key_ids,
+    counter,
     drawn,
     strides,
     sizes,
@@ -92,6 +93,7 @@ def sample(
     num,
     HAS_IDS: tl.constexpr,
     HAS_EPS: tl.constexpr,
+    HAS_COUNTER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -100,6 +102,7 @@ def sample(
     """`num` different columns for each of BLOCK_M rows, best first; -1 where none is left."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     t = tl.load(temperature).to(tl.float32)
+    number = tl.load(counter) if HAS_COUNTER else step
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, sizes[1], BLOCK_N):
@@ -125,7 +128,7 @@ def sample(
             s -= lse[:, None]
             if HAS_EPS:
                 s = tl.log(tl.exp(s) + eps)
-            s += _gumbel(rows, columns, seed, step, stream, first_row, first_column)
+            s += _gumbel(rows, columns, seed, number, stream, first_row, first_column)
             allowed = (columns < sizes[1])[None, :] & (s > float("-inf"))
             if HAS_IDS:
                 own = tl.load(query_ids + rows, mask=rows < sizes[0], other=0)
@@ -162,8 +165,11 @@ def run_sample(
     first_row: int,
     first_column: int,
     num: int,
+    counter: Tensor | None = None,
 ) -> Tensor:
     """Arguments as `sample_hard_negatives`; int64 `(B, num)`, -1 where nothing is left to draw.
+
+    counter: an int64 on the device in place of `step`.
 
     query `(B, D)` and keys `(M, D)`: float32, bfloat16 or float16; float32 when they differ.
     """
@@ -173,7 +179,7 @@ def run_sample(
         query_ids, key_ids = query_ids.contiguous(), key_ids.contiguous()
     drawn = torch.empty((query.shape[0], num), dtype=torch.int64, device=query.device)
     sizes = (query.shape[0], keys.shape[0], query.shape[1])
-    args: list[Any] = [query, keys, temperature, query_ids, key_ids, drawn]
+    args: list[Any] = [query, keys, temperature, query_ids, key_ids, counter, drawn]
     args += [(*query.stride(), *keys.stride()), sizes, float(eps)]
     args += [offset, seed, step, stream, first_row, first_column, num]
     chosen = _configuration(query)
@@ -183,6 +189,7 @@ def run_sample(
         args,
         HAS_IDS=query_ids is not None,
         HAS_EPS=eps > 0,
+        HAS_COUNTER=counter is not None,
         BLOCK_M=16,
         BLOCK_D=64,
         PRECISION=dot_precision(query),
@@ -206,10 +213,10 @@ sample_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor query, Tensor keys, Tensor temperature, Tensor? query_ids, Tensor? key_ids,"
     " float eps, int offset, int seed, int step, int stream, int first_row, int first_column,"
-    " int num) -> Tensor",
+    " int num, Tensor? counter=None) -> Tensor",
 )
 
 
 @sample_op.register_fake
 def _(query, keys, temperature, query_ids, key_ids, *options):  # type: ignore[no-untyped-def]
-    return query.new_empty((query.shape[0], options[-1]), dtype=torch.int64)
+    return query.new_empty((query.shape[0], options[7]), dtype=torch.int64)

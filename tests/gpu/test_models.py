@@ -76,6 +76,31 @@ def test_a_pretraining_step_in_float32(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+def test_texts_known_to_the_card_alone(preset: str) -> None:
+    """The same step, for which the host never waits, forward or backward."""
+    model = BlipForPretraining(config_of(preset), queue_size=64).train()
+    other = copy.deepcopy(model)
+    model.to(DEVICE)
+    other.to(DEVICE)
+    pixels, ids, mask = on_card(*batch_of(preset))
+    losses, gradients, out = step(model, (pixels, ids, mask))
+    lengths, alpha = mask.sum(1), torch.tensor(0.4, device=DEVICE)
+    room, number = int(lengths.sum()) + 17, torch.tensor(3, device=DEVICE)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        text = PackedText.with_room(ids, lengths, room)
+        same = other(pixels, text, alpha=alpha, step=number)
+        same.loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close([x.cpu() for x in same.losses().values()], losses)
+    assert torch.equal(same.negatives.text_index, out.negatives.text_index)
+    found = {n: p.grad.cpu() for n, p in other.named_parameters() if p.grad is not None}
+    assert_close_gradients(found, gradients, 1e-3)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_pretraining_step_in_bf16(preset: str) -> None:
     model = BlipForPretraining(config_of(preset), queue_size=64).to(DEVICE).train()
     batch = on_card(*batch_of(preset))

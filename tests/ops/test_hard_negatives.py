@@ -66,6 +66,16 @@ def test_uniform_is_uniform_open_and_the_same_for_any_window() -> None:
         assert abs(torch.corrcoef(torch.stack([u.flatten(), v.flatten()]))[0, 1]) < 0.015
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_step_on_the_device_draws_as_its_number(impl: str) -> None:
+    query, keys = features(30), features(30, seed=1)
+    for step in (0, 7, 2**32 - 1):
+        options = {"eps": 1e-4, "seed": 5, "impl": impl}
+        expected = sample_hard_negatives(query, keys, TEMPERATURE, step=step, **options)
+        found = sample_hard_negatives(query, keys, TEMPERATURE, step=torch.tensor(step), **options)
+        assert torch.equal(found, expected)
+
+
 def test_weights_follow_the_formula() -> None:
     query, keys = features(3).double(), features(7, seed=1).double()
     weights = hard_negative_weights(query, keys, TEMPERATURE, eps=1e-4, offset=2)

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from blipfast.kernels import _attention_launch
+from blipfast.kernels._tile_table import tile_table
 from blipfast.kernels.cross_attention import cross_attention as kernel
 from place import DEVICE, IMPL, INTERPRETED
 from torch import Tensor
@@ -18,6 +21,7 @@ from blipfast.ops.attention import (
     cross_attention_reference,
     cross_backends,
 )
+from blipfast.ops.device_packing import DevicePacking, plan_of
 from blipfast.ops.hard_negatives import philox
 from blipfast.ops.packing import Packing
 
@@ -92,6 +96,38 @@ def test_random_shapes(seed: int, assert_no_worse) -> None:
     exact = run([x.double() for x in inputs], weights, plan, "reference")
     for name, *values in zip(["out", "dq", "dk", "dv"], ours, plain, exact, strict=True):
         assert_no_worse(*values, f"{name} of {case} in {dtype}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_lengths_and_index_on_the_device(
+    case: Any, dtype: torch.dtype, assert_no_worse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host knows only how many tokens there are: programs take their tiles from a table."""
+    monkeypatch.setattr(_attention_launch, "_MOST_EMPTY", 0)
+    inputs, weights, plan = make(case, dtype, masked=True)
+    lengths, kv_index, num_kv, *_ = case
+    room = plan.packing.total + 37
+    packing = DevicePacking.with_room(torch.tensor(lengths, device=DEVICE), room, max(lengths))
+    there = plan_of([packing], [torch.tensor(kv_index, device=DEVICE)], num_kv, plan.kv_lengths)
+    q = torch.cat([inputs[0], torch.randn(37, *inputs[0].shape[1:]).to(dtype)])
+    ours = run([q, *inputs[1:]], F.pad(weights, (0, 0, 0, 0, 0, 37)), there, IMPL)
+    plain = run(inputs, weights, plan, "reference")
+    exact = run([x.double() for x in inputs], weights, plan, "reference")
+    assert all(x.isfinite().all() for x in ours)
+    ours[:2] = [x[: plan.packing.total] for x in ours[:2]]
+    for name, *values in zip(["out", "dq", "dk", "dv"], ours, plain, exact, strict=True):
+        assert_no_worse(*values, name)
+
+
+@pytest.mark.parametrize("rows", [[0, 130, 1, 64, 0], [5], [0, 0, 3]])
+def test_the_table_of_tiles(rows: list[int]) -> None:
+    cu_rows = Packing.from_lengths(rows, DEVICE).cu_seqlens
+    table = tile_table(cu_rows, sum(rows), 32).tolist()
+    expected = [[b, tile] for b, count in enumerate(rows) for tile in range(-(-count // 32))]
+    assert table[: len(expected)] == expected
+    for b, tile in table[len(expected) :]:
+        assert tile * 32 >= rows[b]
 
 
 def test_any_strides() -> None:

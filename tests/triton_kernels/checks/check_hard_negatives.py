@@ -53,9 +53,10 @@ def test_draws(rows: int, columns: int, width: int, eps: float, dtype: torch.dty
     q, k, t = features(rows, columns, width)
     q, k = q.to(dtype), k.to(dtype)
     for step in range(2):
-        ours, plain = both(q, k, t, eps=eps, seed=3, step=step, stream=1, offset=2)
-        assert ours.dtype == plain.dtype
-        assert torch.equal(ours, plain)
+        for number in (step, torch.tensor(step)):  # known to the host, or to the device alone
+            ours, plain = both(q, k, t, eps=eps, seed=3, step=number, stream=1, offset=2)
+            assert ours.dtype == plain.dtype
+            assert torch.equal(ours, plain)
 
 
 def test_ids_exclude_and_several_are_drawn_without_repeats() -> None:
