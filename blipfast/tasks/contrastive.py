@@ -96,6 +96,10 @@ class ContrastiveBlip(Blip):
             )
         return self.twin
 
+    def twin_features(self, pixel_values: Tensor, text: PackedText) -> tuple[Tensor, Tensor]:
+        """The momentum twin's unit features of images and texts, without gradients."""
+        return self.teacher.features(pixel_values, text)
+
     def move_twin(self) -> None:
         """The momentum update, once before each step."""
         self.teacher.update(self, self.momentum)

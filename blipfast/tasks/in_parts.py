@@ -25,6 +25,10 @@ from blipfast.tasks.retrieval import BlipForRetrieval, RetrievalOutput
 
 Output = TypeVar("Output", PretrainOutput, RetrievalOutput)
 
+# What a step in parts calls in place of the model's `forward`: whoever gathers parameters for that,
+# as FSDP does, must do so for these.
+METHODS = ("encode_image", "image_features", "text_features", "twin_features", "ground")
+
 
 def backward_in_parts(
     model: BlipForPretraining | BlipForRetrieval,
@@ -58,7 +62,10 @@ def backward_in_parts(
             encoded = _encode(model, pixel_values, text, part)
             embeds.append(encoded[0])
             text_feat.append(encoded[1])
-        twin = [_twin_features(model, pixel_values, text, part) for part in parts]
+        twin = [
+            model.twin_features(pixel_values[part.start : part.stop], text.select(part))
+            for part in parts
+        ]
     image_embeds = torch.cat(embeds).requires_grad_()
     text_features = torch.cat(text_feat).requires_grad_()
     del embeds, text_feat
@@ -86,12 +93,6 @@ def _encode(
 ) -> tuple[Tensor, Tensor]:
     embeds = model.encode_image(pixel_values[part.start : part.stop])
     return embeds, model.text_features(text.select(part))
-
-
-def _twin_features(
-    model: ContrastiveBlip, pixel_values: Tensor, text: PackedText, part: range
-) -> tuple[Tensor, Tensor]:
-    return model.teacher.features(pixel_values[part.start : part.stop], text.select(part))
 
 
 def _ground(

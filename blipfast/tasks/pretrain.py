@@ -107,7 +107,7 @@ class BlipForPretraining(ContrastiveBlip):
         if update_state and self.moves_twin:
             self.move_twin()
         contrast = self.contrast(
-            features, self.teacher.features(pixel_values, text), alpha=alpha, step=step, seed=seed,
+            features, self.twin_features(pixel_values, text), alpha=alpha, step=step, seed=seed,
             image_ids=image_ids, negatives=negatives, update_state=update_state,
         )  # fmt: skip
         around = self.surroundings(image_embeds, input_ids, attention_mask, contrast, words)

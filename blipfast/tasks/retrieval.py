@@ -81,7 +81,7 @@ class BlipForRetrieval(ContrastiveBlip):
 
         image_ids: `(B,)` int64. The other arguments are those of `BlipForPretraining.forward`.
         """
-        teacher = self.teacher
+        _ = self.teacher  # raises where there is none, before any work
         text = PackedText.of(input_ids, attention_mask)
         check_batch(pixel_values, text)
         update_state = self.training if update_state is None else update_state
@@ -92,7 +92,7 @@ class BlipForRetrieval(ContrastiveBlip):
         if update_state and self.moves_twin:
             self.move_twin()
         contrast = self.contrast(
-            features, teacher.features(pixel_values, text), alpha=alpha, step=step, seed=seed,
+            features, self.twin_features(pixel_values, text), alpha=alpha, step=step, seed=seed,
             image_ids=image_ids, negatives=negatives, update_state=update_state,
         )  # fmt: skip
         around = self.surroundings(image_embeds, input_ids, attention_mask, contrast, words)

@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from blipfast.errors import ConfigError
 from blipfast.models.vit import Block
+from blipfast.tasks.contrastive import ContrastiveBlip
+from blipfast.tasks.in_parts import METHODS
 from blipfast.train.compiled import compile_regions
 from blipfast.train.config import FitConfig
 from blipfast.train.ranks import world_size
@@ -72,11 +74,6 @@ def lay_out(model: nn.Module, config: FitConfig) -> Layout:
             "fit.precision pure_bf16 keeps its fp32 masters in FSDP's shares: set fit.parallel=fsdp"
             " (it works on one process too), or use bf16"
         )
-    if config.micro_batch is not None and config.parallel == "fsdp":
-        raise ConfigError(
-            "fit.micro_batch goes with fit.parallel=ddp; under fsdp save memory by "
-            "fit.grad_checkpointing"
-        )
     if config.cuda_graph:
         _check_graph(model, config)
     if config.compile:
@@ -118,7 +115,11 @@ def _check_graph(model: nn.Module, config: FitConfig) -> None:
 def _shared_out(model: nn.Module, config: FitConfig) -> Layout:
     """FSDP2: one group for each block of a ViT, student and twin, and one for all the rest."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     _same_start(model)
     first = next(model.parameters())
@@ -133,6 +134,9 @@ def _shared_out(model: nn.Module, config: FitConfig) -> Layout:
     fully_shard(
         model, mesh=mesh, mp_policy=policy, ignored_params=scalars, reshard_after_forward=False
     )
+    if config.micro_batch is not None and isinstance(model, ContrastiveBlip):
+        for name in METHODS:
+            register_fsdp_forward_method(model, name)
     before: Callable[[], None] = _nothing
     if getattr(model, "twin", None) is not None:
         # In the forward pass its parameters are whole copies, and a change to them is lost.

@@ -103,6 +103,16 @@ def test_settings_are_the_published_ones(name):
         assert (config.objective.momentum, config.objective.alpha) == (0.995, 0.4)
 
 
+@pytest.mark.parametrize("name", ["pretrain", "retrieval_coco", "caption_coco", "vqa"])
+def test_parts_of_a_batch_under_fsdp(name: str, tmp_path: Path) -> None:
+    """The same steps as with whole parameters."""
+    totals = []
+    for parallel in ("ddp", "fsdp"):
+        options = ["--device", "cpu", "--fit.micro_batch", "2", "--fit.parallel", parallel]
+        totals.append(run_training(tiny(name, tmp_path / parallel, *options)).total)
+    assert totals[1] == pytest.approx(totals[0], rel=1e-5)
+
+
 def test_every_packaged_recipe_is_in_the_table():
     assert set(packaged_configs()) == set(TABLE)
     assert {values[0] for values in TABLE.values()} == set(RECIPES)
