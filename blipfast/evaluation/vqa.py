@@ -168,8 +168,8 @@ class Answerer:
             return [self.tokenizer.decode(row) for row in rows]
         text = PackedText.from_padded(asked.input_ids, asked.attention_mask)
         states = self.model.question_states(image_embeds, text)
-        ranked = self.model.rank(states, self._listed, k=self.k)
-        return [self.candidates[i] for i in ranked.answer_ids[:, 0].tolist()]
+        best = self.model.best(states, self._listed, k=self.k)
+        return [self.candidates[i] for i in best.answer_ids.tolist()]
 
     @torch.inference_mode()
     def beside_reference(

@@ -16,11 +16,15 @@ from blipfast.errors import ShapeError
 from blipfast.generation import Generation, evaluation, generate
 from blipfast.models.blip import Blip, PackedText
 from blipfast.models.config import BlipConfig
-from blipfast.models.prefix_tree import PrefixTree
 from blipfast.models.reference import encode_padded
 from blipfast.models.streams import CrossStates, run_streams
 from blipfast.objectives.lm import lm_loss
-from blipfast.ops.linear_ce import linear_cross_entropy
+from blipfast.tasks.answer_ranking import (
+    BestAnswers,
+    RankedAnswers,
+    best_answers,
+    rank_answers,
+)
 
 
 @dataclass
@@ -36,17 +40,6 @@ class VQAOutput:
 
     def losses(self) -> dict[str, Tensor]:
         return {"lm": self.loss_lm}
-
-
-@dataclass
-class RankedAnswers:
-    """The k candidates of each question, best first.
-
-    answer_ids: `(B, k)` indices into the answer list. log_likelihood: `(B, k)` of the whole answer.
-    """
-
-    answer_ids: Tensor
-    log_likelihood: Tensor
 
 
 class BlipForVQA(Blip):
@@ -161,63 +154,13 @@ class BlipForVQA(Blip):
         loss = (losses * weights.to(losses)).sum() / pixel_values.shape[0]
         return VQAOutput(loss, losses)
 
-    @torch.no_grad()
     def rank(self, states: CrossStates, answers: PackedText, k: int = 128) -> RankedAnswers:
-        """Ranks a fixed answer list for each question, as the paper's VQA evaluation does.
+        """Ranks a fixed answer list for each question, as the paper's VQA evaluation does."""
+        return rank_answers(self, states, answers, k)
 
-        The probability of an answer's first token selects k candidates; the log-likelihood of the
-        whole answer orders them. All candidates of a question share its projected K/V.
-        """
-        states = self.decoder.cross_states(*states.embeds, lengths=states.lengths, project=True)
-        first = answers.input_ids[answers.packing.first_tokens + 1]
-        k = min(k, answers.packing.num_sequences)
-        probs = self.first_token_logits(states).float().softmax(-1)[:, first]
-        candidates = probs.topk(k, dim=1).indices  # (B, k)
-        questions = [q for q in range(states.size) for _ in range(k)]
-        chosen = answers.select(candidates.flatten().tolist())
-        scores = -self._losses_by_prefix(states, chosen, questions).view(-1, k)
-        order = scores.argsort(dim=1, descending=True, stable=True)
-        return RankedAnswers(candidates.gather(1, order), scores.gather(1, order))
-
-    def _losses_by_prefix(
-        self, states: CrossStates, answers: PackedText, question_index: Sequence[int]
-    ) -> Tensor:
-        """As `answer_losses`, with what candidates of a question begin with in common done once."""
-        inputs, labels = answers.shifted()
-        inputs = inputs.starting_with(self.text_config.dec_token_id)
-        tree = PrefixTree.build(inputs, question_index)
-        stream = self.decoder.stream(
-            tree.text.input_ids,
-            tree.text.packing,
-            kv_index=tree.sets,
-            causal=True,
-            prefixes=tree.prefixes,
-        )
-        hidden = self.lm_head.transform(run_streams([stream], states)[0])
-        projection, smoothing = self.lm_head.decoder, self.label_smoothing
-        own = labels[tree.prefixes.first]  # one label of each node; the others differ by a logit
-        losses = linear_cross_entropy(
-            hidden,
-            projection.weight,
-            projection.bias,
-            own,
-            label_smoothing=smoothing,
-            reduction="none",
-        )
-
-        def logits(nodes: Tensor, tokens: Tensor) -> Tensor:
-            rows = hidden[nodes].to(losses.dtype) * projection.weight[tokens].to(losses.dtype)
-            return rows.sum(-1) + projection.bias[tokens]
-
-        nodes = tree.prefixes.nodes
-        other = (labels != own[nodes]).nonzero().squeeze(1)
-        of_other = nodes[other]
-        losses = losses[nodes]
-        losses[other] += (1 - smoothing) * (
-            logits(of_other, own[of_other]) - logits(of_other, labels[other])
-        )
-        sums = losses.new_zeros(answers.packing.num_sequences)
-        return sums.index_add(0, inputs.packing.sequence_ids, losses)
+    def best(self, states: CrossStates, answers: PackedText, k: int = 128) -> BestAnswers:
+        """The first of `rank` alone, which for a trained model is far less work."""
+        return best_answers(self, states, answers, k)
 
     def first_token_logits(self, states: CrossStates) -> Tensor:
         """`(B, V)`: logits of each question's first answer token."""

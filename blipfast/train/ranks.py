@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import uuid
@@ -18,6 +19,9 @@ from blipfast.errors import ConfigError, TrainingError
 from blipfast.objectives.distributed import world_size
 
 __all__ = ["gather_objects", "local_rank", "mean_of_ranks", "process_group", "rank", "world_size"]
+
+
+_RELEASE_SECONDS = 0.2
 
 
 def rank() -> int:
@@ -74,6 +78,19 @@ def process_group(
         yield
     finally:
         dist.destroy_process_group()
+        _let_go()
+
+
+def _let_go() -> None:
+    """Gives the threads of gloo time to let go of the last collectives' tensors.
+
+    One that has done its work drops tensors that Python knows, for which it needs the interpreter's
+    lock. FSDP keeps the group, and so its threads, alive until the interpreter ends; a thread that
+    asks for the lock then is ended within a C++ destructor, which aborts the process
+    (`terminate called without an active exception`, torch 2.11 to 2.13).
+    """
+    gc.collect()
+    time.sleep(_RELEASE_SECONDS)  # without the lock
 
 
 def _fresh(store: dist.Store, number: int, size: int, timeout: float) -> dist.Store:

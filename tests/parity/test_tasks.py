@@ -59,7 +59,9 @@ def test_vqa_ranking(golden, checkpoint, load, k: int) -> None:
         states = model.encode_question(g["image"], *g.text("rank.question"))
         ranked = model.rank(states, answers, k=k)
         first = model.first_token_logits(states).softmax(-1)
+        best = model.best(states, answers, k=k)
     assert torch.equal(ranked.answer_ids[:, 0], g[f"out.rank_k{k}.best"])
+    assert torch.equal(best.answer_ids, ranked.answer_ids[:, 0])
     first_tokens = answers.input_ids[answers.packing.first_tokens + 1]
     theirs = g[f"out.rank_k{k}.topk_ids"]
     for i in range(3):
