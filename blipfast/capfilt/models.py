@@ -90,8 +90,8 @@ def score_records(
 ) -> list[list[Score | None]]:
     """The filter's scores of each image's candidate texts; None for a text that says nothing.
 
-    Every image is encoded and its keys and values projected once, whatever number of texts look at
-    it.
+    Every image is encoded once, whatever number of texts look at it; its keys and values are
+    projected once too, or not at all where few do.
 
     Args:
         model: the filter, in evaluation mode.
@@ -118,7 +118,7 @@ def score_records(
     text = PackedText.from_padded(batch.input_ids.to(device), batch.attention_mask.to(device))
     images = [i for i, *_ in wanted]
     embeds = model.encode_image(pixel_values)
-    logits = model.match(text, model.image_states(embeds, project=True), images)
+    logits = model.match(text, model.image_states(embeds), images)
     itm = logits.float().softmax(-1)[:, 1]
     itc = (model.image_features(embeds)[images] * model.text_features(text)).float().sum(-1)
     for (i, j, _), p, similarity in zip(wanted, itm.tolist(), itc.tolist(), strict=True):

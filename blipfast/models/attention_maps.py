@@ -62,7 +62,8 @@ def token_maps(
     kept: list[Tensor] = []
 
     def from_formula(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        hidden, (k, v), _ = inputs
+        hidden, embeds, _, kv = inputs
+        k, v = module.project(embeds) if kv is None else kv  # type: ignore[operator]
         q = module.query(hidden).unflatten(-1, (module.num_heads, -1))  # type: ignore[operator]
         scores = torch.einsum("qhd,hkd->hqk", q, k[0]) / math.sqrt(q.shape[-1])
         probs = scores.softmax(-1)

@@ -41,10 +41,9 @@ class CrossStates:
     def size(self) -> int:
         return self.embeds[0].shape[0]
 
-    def key_values(self, layer: int, module: nn.Module) -> tuple[KeyValue, ...]:
-        if self.layers is not None:
-            return self.layers[layer]
-        return module.project(self.embeds)  # type: ignore[operator]
+    def key_values(self, layer: int) -> Sequence[KeyValue | None]:
+        """Of each of `embeds`, if projected ahead."""
+        return [None] * len(self.embeds) if self.layers is None else self.layers[layer]
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def _cross(
             packings = [s.packing for s in streams[start:stop]]
             looks = [s.kv_index for s in streams[start:stop] if s.kv_index is not None]
             plans[start, stop] = plan_of(packings, looks, states.size, states.lengths)
-        return module(x, states.key_values(i, module), plans[start, stop])
+        return module(x, states.embeds, plans[start, stop], states.key_values(i))
 
     return _shared(modules, hidden, streams, attend)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from blipfast.errors import ShapeError
 from blipfast.models.config import Sharing, TextConfig
 from blipfast.models.streams import CrossStates, KeyValue, TextStream, cross_module
+from blipfast.ops.absorbed_attention import absorbed_cross_attention, absorbs
 from blipfast.ops.attention import CrossPlan, cross_attention, varlen_attention
 from blipfast.ops.autocast_copies import cast_together
 from blipfast.ops.linear_layers import Linear, feed_forward
@@ -104,10 +105,17 @@ class _ImageAttention(nn.Module):
         k, v = kv.permute(2, 0, 3, 1, 4)
         return k, v
 
-    def forward(self, hidden: Tensor, kv: KeyValue, plan: CrossPlan) -> Tensor:
+    def forward(
+        self, hidden: Tensor, embeds: Tensor, plan: CrossPlan, kv: KeyValue | None
+    ) -> Tensor:
         q = self.query(hidden).unflatten(-1, (self.num_heads, -1))
+        layer = self.key_value
+        if kv is None and not self.training and absorbs(q, embeds, layer.weight, plan):
+            out = absorbed_cross_attention(q, embeds, layer.weight, layer.bias, plan)
+            return out.flatten(-2)
         dropout_p = self.attention_dropout if self.training else 0.0
-        return cross_attention(q, *kv, plan, dropout_p=dropout_p).flatten(-2)
+        k, v = self.project(embeds) if kv is None else kv
+        return cross_attention(q, k, v, plan, dropout_p=dropout_p).flatten(-2)
 
 
 class CrossAttention(nn.Module):
@@ -119,9 +127,16 @@ class CrossAttention(nn.Module):
     def project(self, embeds: Sequence[Tensor]) -> tuple[KeyValue, ...]:
         return (self.attention.project(embeds[0]),)
 
-    def forward(self, hidden: Tensor, kv: tuple[KeyValue, ...], plan: CrossPlan) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        embeds: Sequence[Tensor],
+        plan: CrossPlan,
+        kv: Sequence[KeyValue | None],
+    ) -> Tensor:
+        """Attention to `embeds`, one tensor; kv: what `project` made of them before, or None."""
         held = cast_together(self.attention.query, self.out.dense)
-        closed = self.out(self.attention(hidden, kv[0], plan), hidden)
+        closed = self.out(self.attention(hidden, embeds[0], plan, kv[0]), hidden)
         del held
         return closed
 
@@ -145,9 +160,18 @@ class PairedCrossAttention(nn.Module):
         pairs = zip(self.attentions, embeds, strict=True)
         return tuple(attention.project(x) for attention, x in pairs)  # type: ignore[operator]
 
-    def forward(self, hidden: Tensor, kv: tuple[KeyValue, ...], plan: CrossPlan) -> Tensor:
-        parts = zip(self.attentions, self.dense, kv, strict=True)
-        first, second = (dense(attention(hidden, kv_i, plan)) for attention, dense, kv_i in parts)
+    def forward(
+        self,
+        hidden: Tensor,
+        embeds: Sequence[Tensor],
+        plan: CrossPlan,
+        kv: Sequence[KeyValue | None],
+    ) -> Tensor:
+        """As of `CrossAttention`, to two tensors."""
+        parts = zip(self.attentions, self.dense, embeds, kv, strict=True)
+        first, second = (
+            dense(attention(hidden, its, plan, kv_i)) for attention, dense, its, kv_i in parts
+        )
         if self.merge is None:
             merged = (first + second) / 2
         else:

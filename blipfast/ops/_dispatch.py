@@ -11,6 +11,7 @@ Precedence: the `impl=` argument, then `use_backend(...)`, then `BLIPFAST_BACKEN
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -108,6 +109,11 @@ class Backends:
             passed_over.append(f"not {backend.name}: {reason}")
         raise BackendError(f"{self.op}: no backend can run: {'; '.join(passed_over)}")
 
+    @property
+    def free(self) -> bool:
+        """Whether nobody has named a backend, so that another way may be taken altogether."""
+        return _requested(self.op, "auto")[0] == "auto"
+
     def __call__(self, tensor: torch.Tensor, impl: str = "auto") -> Callable[..., Any]:
         return self._backends[self.choose(tensor, impl)[0]].fn
 
@@ -127,6 +133,7 @@ def _requested(op: str, impl: str) -> tuple[str, str]:
     return "auto", "default"
 
 
+@functools.cache
 def _parse_env(value: str) -> dict[str, str]:
     pairs = [item.strip() for item in value.split(",") if item.strip()]
     if any("=" not in pair for pair in pairs):

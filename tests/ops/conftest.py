@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from blipfast.ops import _native, _products
 
@@ -22,3 +23,16 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     _products.bf16_products.cache_clear()
     yield name
     _products.bf16_products.cache_clear()
+
+
+@pytest.fixture
+def assert_no_worse() -> Callable[[Tensor, Tensor, Tensor, str], None]:
+    """Our error is at most twice that of the plain formula in the same dtype, plus rounding."""
+
+    def check(ours: Tensor, plain: Tensor, exact: Tensor, name: str) -> None:
+        eps = torch.finfo(ours.dtype).eps
+        bound = 2 * (plain.double() - exact).abs().max() + 8 * eps * exact.abs().max()
+        error = (ours.double() - exact).abs().max()
+        assert error <= bound, f"{name}: error {error:.2e} above {bound:.2e}"
+
+    return check
