@@ -33,6 +33,11 @@ _BOTH = [
         "VQA ranking, 2 x 128 answers, text side",
         "per-pass",
     ),
+    (
+        "the best of those answers, of a sharp model",
+        "VQA, the best of 2 x 128 answers, sharp",
+        "per-pass",
+    ),
     ("pre-training step, batch 8", "pre-training step, batch 8", "original"),
     (
         "CapFilt, 16 images: a sampled caption, ITM and ITC of 2 texts each",

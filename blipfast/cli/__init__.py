@@ -10,8 +10,6 @@ words; 75 ended by SIGTERM and saved; 130 ended by Ctrl-C.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -51,17 +49,7 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
         from blipfast.environment import keep_freed_memory
 
         keep_freed_memory()
-    status = main(arguments)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # A rank's work is done and saved by now. After FSDP on gloo, a thread of torch's own now
-        # and then aborts the interpreter's ending (torch 2.11 to 2.13), which torchrun would take
-        # for a failure and start everything again.
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):
-                stream.flush()
-        os._exit(status)
-    sys.exit(status)
+    sys.exit(main(arguments))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -77,17 +77,39 @@ class CudaGraph:
 
 
 @dataclass
-class _Recorded:
-    """A step over inputs that stay where they are.
+class _Pass:
+    """Forward and backward pass over inputs that stay where they are.
 
     losses, gradients: where the last run, or the recording, has put them.
     """
 
     graph: Graph
-    run: Callable[[], None]
+    model: Any
+    inputs: dict[str, Tensor]
+    room: int
+    seed: int
     losses: dict[str, Tensor] = field(default_factory=dict)
     gradients: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    ready: bool = False
+    recorded: bool = False
+
+    def run(self) -> None:
+        inputs = self.inputs
+        text = PackedText.with_room(inputs["input_ids"], inputs["lengths"], self.room)
+        options = {name: inputs[name] for name in ("image_ids", "alpha", "step")}
+        output = self.model(inputs["pixel_values"], text, seed=self.seed, **options)
+        with torch.autocast(output.loss.device.type, enabled=False):
+            output.loss.backward()
+        self.losses = {name: loss.detach() for name, loss in output.losses().items()}
+        parameters = self.model.parameters()
+        self.gradients = [(p, p.grad) for p in parameters if p.grad is not None]
+
+    def replay(self) -> None:
+        if not self.recorded:
+            self.graph.record(self.run)
+            self.recorded = True
+        self.graph.replay()
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
 
 
 class CapturedStep:
@@ -102,43 +124,22 @@ class CapturedStep:
     ) -> None:
         self.alpha_at, self.seed, self.make_graph = alpha_at, seed, graph
         self._buffers: dict[Key, Tensor] = {}
-        self._recorded: dict[Key, _Recorded] = {}
+        self._passes: dict[Key, _Pass] = {}
 
     def __call__(self, model: Any, batch: Batch, step: int, epoch: float) -> FinishedLosses:
         inputs, room = self._loaded(model, batch, step)
         kind = inputs["pixel_values"].device.type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         key = (room, low, *((name, x.shape, x.dtype) for name, x in inputs.items()))
-        known = self._recorded.get(key)
-        if known is None:
-            known = _Recorded(self.make_graph(), lambda: None)
-            known.run = self._pass(model, inputs, room, known)
-            known.graph.warm_up(known.run)
-            if len(self._recorded) < _MOST_GRAPHS:
-                self._recorded[key] = known
+        known = self._passes.get(key)
+        if known is not None:
+            known.replay()
             return FinishedLosses(known.losses)
-        if not known.ready:
-            known.losses, known.gradients = {}, []
-            known.graph.record(known.run)
-            known.ready = True
-        known.graph.replay()
-        for parameter, gradient in known.gradients:
-            parameter.grad = gradient
-        return FinishedLosses(known.losses)
-
-    def _pass(
-        self, model: Any, inputs: dict[str, Tensor], room: int, kept: _Recorded
-    ) -> Callable[[], None]:
-        def run() -> None:
-            text = PackedText.with_room(inputs["input_ids"], inputs["lengths"], room)
-            options = {name: inputs[name] for name in ("image_ids", "alpha", "step")}
-            output = model(inputs["pixel_values"], text, seed=self.seed, **options)
-            with torch.autocast(output.loss.device.type, enabled=False):
-                output.loss.backward()
-            kept.losses = {name: loss.detach() for name, loss in output.losses().items()}
-            kept.gradients = [(p, p.grad) for p in model.parameters() if p.grad is not None]
-
-        return run
+        first = _Pass(self.make_graph(), model, inputs, room, self.seed)
+        first.graph.warm_up(first.run)
+        if len(self._passes) < _MOST_GRAPHS:
+            self._passes[key] = first
+        return FinishedLosses(first.losses)
 
     def _loaded(self, model: Any, batch: Batch, step: int) -> tuple[dict[str, Tensor], int]:
         """The batch where a graph of its sizes looks for it, and the room that its texts get."""

@@ -68,7 +68,7 @@ def test_a_recorded_run_is_the_plain_run(task: str, precision: Any) -> None:
     for name, losses in found["plain"].losses.items():
         torch.testing.assert_close(found["recorded"].losses[name], losses, rtol=most, atol=most)
     recorded: Any = ways["recorded"]
-    assert [known.ready for known in recorded._recorded.values()] == [True, True]
+    assert [known.recorded for known in recorded._passes.values()] == [True, True]
     queues = [model.state_dict()["queue.ptr"] for model in models.values()]
     assert torch.equal(*queues)
 

@@ -85,7 +85,8 @@ def test_weights_are_the_gradients(model, embeds) -> None:
                 probs[h, 0, s] += sign * 1e-5
 
                 def swap(module, inputs, output, probs=probs):
-                    return torch.einsum("hqk,hkd->qhd", probs, inputs[1][1][0]).flatten(1)
+                    v = module.project(inputs[1])[1][0]
+        return torch.einsum("hqk,hkd->qhd", probs, v).flatten(1)
 
                 handle = attention.register_forward_hook(swap)
                 stream = model.grounded_stream(words, [0])

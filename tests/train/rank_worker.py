@@ -146,7 +146,4 @@ def main(folder: Path, options: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    status = main(Path(sys.argv[1]), json.loads(sys.argv[2]))
-    sys.stderr.flush()
-    # After FSDP on gloo a thread of torch's now and then aborts the interpreter's own ending.
-    os._exit(status)
+    sys.exit(main(Path(sys.argv[1]), json.loads(sys.argv[2])))

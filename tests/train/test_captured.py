@@ -118,7 +118,7 @@ def test_rare_rooms_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     model, step = model_of("pretrain").train(), CapturedStep(lambda step: 0.4, 0, Again)
     for batch in batches_of([*SIMILAR[:1], *UNLIKE, *UNLIKE, *SIMILAR[:1]]):
         step(model, batch, 0, 0.0)
-    assert [known.ready for known in step._recorded.values()] == [True]
+    assert [known.recorded for known in step._passes.values()] == [True]
 
 
 def test_an_empty_text_is_named() -> None:
