@@ -86,7 +86,7 @@ def test_weights_are_the_gradients(model, embeds) -> None:
 
                 def swap(module, inputs, output, probs=probs):
                     v = module.project(inputs[1])[1][0]
-        return torch.einsum("hqk,hkd->qhd", probs, v).flatten(1)
+                    return torch.einsum("hqk,hkd->qhd", probs, v).flatten(1)
 
                 handle = attention.register_forward_hook(swap)
                 stream = model.grounded_stream(words, [0])
