@@ -9,7 +9,7 @@ them, and they have no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch
@@ -94,20 +94,21 @@ class DevicePacking(Packing):
 
     @lazy
     def first_tokens(self) -> Tensor:
-        return self.of_sequences(self.cu_seqlens[:-1].to(torch.int64))
+        starts = self.of_sequences(self.cu_seqlens[:-1].to(torch.int64))
+        return starts.clamp(max=self.total - 1)  # one that was cut off starts beyond the room
 
     def of_sequences(self, values: Tensor) -> Tensor:
         """From values of sequences and fillers, the sequences'."""
         split = values.split([count for part in self.parts for count in part])
         return split[0] if len(self.parts) == 1 else torch.cat(split[::2])
 
-    def over_all(self, values: Tensor, of_fillers: object) -> Tensor:
+    def over_all(self, values: Tensor, of_fillers: Callable[[int], Tensor]) -> Tensor:
         """From values of the sequences, those of sequences and fillers.
 
         of_fillers: gives, for a number of fillers, their values.
         """
         own = values.split([texts for texts, _ in self.parts])
-        other = [of_fillers(fillers) for _, fillers in self.parts]  # type: ignore[operator]
+        other = [of_fillers(fillers) for _, fillers in self.parts]
         return torch.cat(list(chain.from_iterable(zip(own, other, strict=True))))
 
     def select(self, index: Index) -> tuple[Packing, Tensor]:

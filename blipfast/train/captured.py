@@ -6,7 +6,7 @@ batch on the card to losses and gradients. The check that these are finite, clip
 optimiser stay as they are.
 
 A graph has fixed shapes, so texts get room: as many tokens as a multiple of 128, none longer than a
-multiple of 16. There is a graph for each room that batches need, which are few; its first batch is
+multiple of 8. There is a graph for each room that batches need, which are few; its first batch is
 a plain step, in which kernels are compiled, and the second is recorded.
 """
 
@@ -24,7 +24,7 @@ from blipfast.models.blip import PackedText
 from blipfast.ops.packing import Packing, from_host
 from blipfast.train.engine import Batch, FinishedLosses
 
-_TOKENS, _LENGTH = 128, 16  # what room is rounded up to
+_TOKENS, _LENGTH = 128, 8  # what room is rounded up to
 _MOST_GRAPHS = 8  # rarer rooms go without: each graph holds gradients of its own
 
 Key = tuple[Any, ...]

@@ -102,6 +102,8 @@ def test_what_does_not_fit_is_cut_off() -> None:
     packing = DevicePacking.with_room(torch.tensor([4, 99, -3, 7]), 12, 6)
     assert packing.of_sequences(packing.lengths_tensor).tolist() == [4, 6, 0, 2]
     assert packing.cu_seqlens[-1] == 12
+    gone = DevicePacking.with_room(torch.tensor([5, 5, 5]), 10, 6)
+    assert gone.first_tokens.tolist() == [0, 5, 9]
     plan = plan_of([packing], [torch.tensor([-1, 9, 0, 1])], 2)
     assert plan.kv_index[:4] == (0, 1, 0, 1)
 
