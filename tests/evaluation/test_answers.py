@@ -147,6 +147,7 @@ def test_vqa_ranking_beside_a_pass_for_each_pair(tmp_path, capsys):
     more = ["--answers", str(tmp_path / "answers.json"), "--k", "3", "--reference_pairs", "7"]
     got = evaluate(tmp_path, capsys, "vqa", "vqa", *more)["reference"]
     assert got["pairs"] == 6  # two questions
+    assert 2 <= got["scored"] <= 6
     assert got["largest_difference_of_log_likelihoods"] < 1e-4
     assert got["times_as_fast"] > 0
 
