@@ -7,6 +7,7 @@ Their step has three phases, so that a batch can also be gone through in parts
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,12 @@ from blipfast.objectives.distributed import (
     gather_texts,
     world_size,
 )
-from blipfast.objectives.itc import FeatureQueue, gather_keys, itc_loss
+from blipfast.objectives.itc import (
+    FeatureQueue,
+    clamp_temperature_,
+    gather_keys,
+    itc_loss,
+)
 from blipfast.objectives.itm import Negatives
 from blipfast.objectives.momentum import MomentumTwin
 from blipfast.ops.device_packing import DevicePacking, Index
@@ -52,6 +58,11 @@ class Surroundings:
     text: PackedText
     drawn_texts: PackedText
 
+    @property
+    def whole(self) -> range:
+        """All texts, as the part to ground."""
+        return range(self.text.packing.num_sequences)
+
     def itm_pairs(self, part: range) -> tuple[PackedText, Index]:
         """ITM's pairs of the texts in `part`, and the image of each: the positives, each text with
         a drawn image, each image with a drawn text.
@@ -79,6 +90,8 @@ class ContrastiveBlip(Blip):
 
     twin: MomentumTwin | None
     queue: FeatureQueue | None
+    # A task's own, over the features `(B, embed_dim)` of student and twin.
+    contrast: Callable[..., Contrast]
 
     def __init__(
         self, config: BlipConfig, *, momentum: float, across_ranks: bool, **parts: Any
@@ -103,6 +116,31 @@ class ContrastiveBlip(Blip):
     def move_twin(self) -> None:
         """The momentum update, once before each step."""
         self.teacher.update(self, self.momentum)
+
+    def contrasted(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor | PackedText,
+        attention_mask: Tensor | None,
+        *,
+        update_state: bool | None,
+        **options: Any,
+    ) -> tuple[Contrast, Surroundings]:
+        """The phases of a step before `ground`; arguments as of a task's `forward`."""
+        _ = self.teacher  # raises where there is none, before any work
+        text = PackedText.of(input_ids, attention_mask)
+        check_batch(pixel_values, text)
+        update_state = self.training if update_state is None else update_state
+        clamp_temperature_(self.temp)
+        image_embeds = self.encode_image(pixel_values)
+        words = self.looked_up(text)
+        features = self.image_features(image_embeds), self.text_features(words)
+        if update_state and self.moves_twin:
+            self.move_twin()
+        features_m = self.twin_features(pixel_values, text)
+        contrast = self.contrast(features, features_m, update_state=update_state, **options)
+        around = self.surroundings(image_embeds, input_ids, attention_mask, contrast, words)
+        return contrast, around
 
     def looked_up(self, text: PackedText) -> PackedText:
         """The texts with their words looked up once for all passes of a step."""

@@ -13,12 +13,12 @@ from torch import Tensor
 from blipfast.models.blip import PackedText
 from blipfast.models.config import BlipConfig
 from blipfast.models.streams import run_streams
-from blipfast.objectives.itc import FeatureQueue, clamp_temperature_
+from blipfast.objectives.itc import FeatureQueue
 from blipfast.objectives.itm import Negatives, draw_negatives, itm_loss
 from blipfast.objectives.lm import lm_loss
 from blipfast.objectives.momentum import MomentumTwin
 from blipfast.ops.autocast_copies import keeping_copies
-from blipfast.tasks.contrastive import Contrast, ContrastiveBlip, Surroundings, check_batch
+from blipfast.tasks.contrastive import Contrast, ContrastiveBlip, Surroundings
 
 
 @dataclass
@@ -97,21 +97,11 @@ class BlipForPretraining(ContrastiveBlip):
         image_ids: `(B,)`, used with `exclude_equal_ids`. negatives: given rather than drawn.
         update_state: move the momentum twin and the queue; by default only in training mode.
         """
-        text = PackedText.of(input_ids, attention_mask)
-        check_batch(pixel_values, text)
-        update_state = self.training if update_state is None else update_state
-        clamp_temperature_(self.temp)
-        image_embeds = self.encode_image(pixel_values)
-        words = self.looked_up(text)
-        features = self.image_features(image_embeds), self.text_features(words)
-        if update_state and self.moves_twin:
-            self.move_twin()
-        contrast = self.contrast(
-            features, self.twin_features(pixel_values, text), alpha=alpha, step=step, seed=seed,
+        contrast, around = self.contrasted(
+            pixel_values, input_ids, attention_mask, alpha=alpha, step=step, seed=seed,
             image_ids=image_ids, negatives=negatives, update_state=update_state,
         )  # fmt: skip
-        around = self.surroundings(image_embeds, input_ids, attention_mask, contrast, words)
-        itm_logits, loss_lm = self.ground(around, range(text.packing.num_sequences))
+        itm_logits, loss_lm = self.ground(around, around.whole)
         loss_itm = itm_loss(itm_logits, contrast.negatives)
         return PretrainOutput(contrast.loss_itc, loss_itm, loss_lm, itm_logits, contrast.negatives)
 

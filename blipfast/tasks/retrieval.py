@@ -14,11 +14,11 @@ from blipfast.errors import ShapeError
 from blipfast.models.blip import PackedText
 from blipfast.models.config import BlipConfig
 from blipfast.objectives.distributed import all_gather_no_grad, rank_offset
-from blipfast.objectives.itc import FeatureQueue, clamp_temperature_
+from blipfast.objectives.itc import FeatureQueue
 from blipfast.objectives.itm import Negatives, draw_negatives, itm_loss
 from blipfast.objectives.momentum import MomentumTwin
 from blipfast.ops.autocast_copies import keeping_copies
-from blipfast.tasks.contrastive import Contrast, ContrastiveBlip, Surroundings, check_batch
+from blipfast.tasks.contrastive import Contrast, ContrastiveBlip, Surroundings
 
 
 @dataclass
@@ -81,22 +81,11 @@ class BlipForRetrieval(ContrastiveBlip):
 
         image_ids: `(B,)` int64. The other arguments are those of `BlipForPretraining.forward`.
         """
-        _ = self.teacher  # raises where there is none, before any work
-        text = PackedText.of(input_ids, attention_mask)
-        check_batch(pixel_values, text)
-        update_state = self.training if update_state is None else update_state
-        clamp_temperature_(self.temp)
-        image_embeds = self.encode_image(pixel_values)
-        words = self.looked_up(text)
-        features = self.image_features(image_embeds), self.text_features(words)
-        if update_state and self.moves_twin:
-            self.move_twin()
-        contrast = self.contrast(
-            features, self.twin_features(pixel_values, text), alpha=alpha, step=step, seed=seed,
+        contrast, around = self.contrasted(
+            pixel_values, input_ids, attention_mask, alpha=alpha, step=step, seed=seed,
             image_ids=image_ids, negatives=negatives, update_state=update_state,
         )  # fmt: skip
-        around = self.surroundings(image_embeds, input_ids, attention_mask, contrast, words)
-        itm_logits = self.ground(around, range(text.packing.num_sequences))
+        itm_logits = self.ground(around, around.whole)
         loss_itm = itm_loss(itm_logits, contrast.negatives)
         return RetrievalOutput(contrast.loss_itc, loss_itm, itm_logits, contrast.negatives)
 

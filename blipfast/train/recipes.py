@@ -82,9 +82,11 @@ def _contrastive_step(objective: ObjectiveConfig, config: FitConfig) -> StepFn:
             "step": step,
             "seed": config.seed,
         }
-        if config.micro_batch is None or config.micro_batch >= len(images):
+        # FSDP gathers parameters for the phases of a step, or for `forward`, not for both.
+        size, by_phases = config.micro_batch, config.parallel == "fsdp"
+        if size is None or (size >= len(images) and not by_phases):
             return model(images, *texts, **options)
-        return backward_in_parts(model, images, *texts, micro_batch=config.micro_batch, **options)
+        return backward_in_parts(model, images, *texts, micro_batch=size, **options)
 
     return step
 

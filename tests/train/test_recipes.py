@@ -105,12 +105,13 @@ def test_settings_are_the_published_ones(name):
 
 @pytest.mark.parametrize("name", ["pretrain", "retrieval_coco", "caption_coco", "vqa"])
 def test_parts_of_a_batch_under_fsdp(name: str, tmp_path: Path) -> None:
-    """The same steps as with whole parameters."""
+    """The same steps as with whole parameters, also where one part holds the whole batch."""
     totals = []
-    for parallel in ("ddp", "fsdp"):
-        options = ["--device", "cpu", "--fit.micro_batch", "2", "--fit.parallel", parallel]
-        totals.append(run_training(tiny(name, tmp_path / parallel, *options)).total)
+    for parallel, size in (("ddp", "2"), ("fsdp", "2"), ("fsdp", "99")):
+        options = ["--device", "cpu", "--fit.micro_batch", size, "--fit.parallel", parallel]
+        totals.append(run_training(tiny(name, tmp_path / (parallel + size), *options)).total)
     assert totals[1] == pytest.approx(totals[0], rel=1e-5)
+    assert totals[2] == pytest.approx(totals[0], rel=1e-3)
 
 
 def test_every_packaged_recipe_is_in_the_table():
