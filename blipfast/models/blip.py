@@ -15,8 +15,8 @@ from blipfast.models.config import BlipConfig, TextConfig
 from blipfast.models.streams import CrossStates, TextStream, run_streams
 from blipfast.models.text import LMHead, TextTransformer
 from blipfast.models.vit import VisionTransformer
-from blipfast.ops.device_packing import DevicePacking, Index
-from blipfast.ops.packing import Packing
+from blipfast.ops.device_packing import DevicePacking
+from blipfast.ops.packing import Index, Packing
 from blipfast.ops.tied_table import TiedTable
 
 

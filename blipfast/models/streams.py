@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from blipfast.errors import ConfigError, ShapeError
 from blipfast.ops.attention import CrossPlan
-from blipfast.ops.device_packing import Index, plan_of
-from blipfast.ops.packing import Packing, SharedPrefixes, gather_rows
+from blipfast.ops.device_packing import plan_of
+from blipfast.ops.packing import Index, Packing, SharedPrefixes, gather_rows
 
 KeyValue = tuple[Tensor, Tensor]  # (B, H, S, head_dim) each
 

@@ -17,9 +17,7 @@ from torch import Tensor
 
 from blipfast.errors import ShapeError
 from blipfast.ops.attention import CrossPlan
-from blipfast.ops.packing import Packing, from_host, lazy
-
-Index = Sequence[int] | Tensor
+from blipfast.ops.packing import Index, Packing, from_host, lazy
 
 
 class DevicePacking(Packing):

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from blipfast.errors import ShapeError
 
+Index = Sequence[int] | Tensor  # a tensor where the device knows first
+
 
 class lazy:
     """An attribute computed when first asked for.
@@ -207,7 +209,7 @@ class Packing:
         slots = self.slots if padded.shape[1] == self.max_seqlen else self._slots(padded.shape[1])
         return gather_rows(rows, slots)
 
-    def select(self, index: Sequence[int] | Tensor) -> tuple[Packing, Tensor]:
+    def select(self, index: Index) -> tuple[Packing, Tensor]:
         """The packing of the sequences in `index` and the `(T',)` token index that gathers them."""
         index = index.tolist() if isinstance(index, Tensor) else index
         chosen = Packing.from_lengths([self.lengths[i] for i in index], self.device)

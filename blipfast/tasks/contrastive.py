@@ -31,7 +31,8 @@ from blipfast.objectives.itc import (
 )
 from blipfast.objectives.itm import Negatives
 from blipfast.objectives.momentum import MomentumTwin
-from blipfast.ops.device_packing import DevicePacking, Index
+from blipfast.ops.device_packing import DevicePacking
+from blipfast.ops.packing import Index
 
 
 @dataclass(frozen=True)

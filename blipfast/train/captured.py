@@ -137,6 +137,7 @@ class CapturedStep:
             return FinishedLosses(known.losses)
         first = _Pass(self.make_graph(), model, inputs, room, self.seed)
         first.graph.warm_up(first.run)
+        first.gradients = []  # the parameters have them: nothing replays into these
         if len(self._passes) < _MOST_GRAPHS:
             self._passes[key] = first
         return FinishedLosses(first.losses)

@@ -147,7 +147,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) 
     assert len(list(read_shards(tmp_path))) == 3
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a Linux device")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, which Linux has")
 def test_the_kernels_own_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open("/dev/full", "wb") as full:
         monkeypatch.setattr("blipfast.data.shards.open", lambda *_: full, raising=False)
