@@ -1,4 +1,4 @@
-"""Training augmentation: random resized crop, flip, RandAugment, on Pillow and NumPy alone."""
+"""Training augmentation: random resized crop, flip, RandAugment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from blipfast.data.images import ImageSource, load_image, to_tensor
+from blipfast.data.images import ImageSource, load_image, resize, to_tensor
 from blipfast.errors import DataError
 
 RANDAUGMENT_OPS = (
@@ -49,19 +49,22 @@ def apply_op(image: Image.Image, op: str, strength: float, sign: int = 1) -> Ima
         return ImageOps.autocontrast(image)
     if op == "equalize":
         return ImageOps.equalize(image)
-    if op == "brightness":
-        return ImageEnhance.Brightness(image).enhance(0.1 + 1.8 * part)
-    if op == "sharpness":
-        return ImageEnhance.Sharpness(image).enhance(0.1 + 1.8 * part)
+    if op in ("brightness", "sharpness"):
+        factor = 0.1 + 1.8 * part
+        if factor == 1:  # spares the blurred image, of which nothing would be seen
+            return image
+        enhance = ImageEnhance.Brightness if op == "brightness" else ImageEnhance.Sharpness
+        return enhance(image).enhance(factor)
     if op == "rotate":
         angle = sign * _ROTATE_DEGREES * part
         return image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=_GREY)
+    matrix = affine_matrix(op, sign * strength, image.width)
+    if op.startswith("translate") and (matrix[2] + matrix[5]).is_integer():
+        moved = Image.new("RGB", image.size, _GREY)
+        moved.paste(image, (-int(matrix[2]), -int(matrix[5])))
+        return moved
     return image.transform(
-        image.size,
-        Image.Transform.AFFINE,
-        affine_matrix(op, sign * strength, image.width),
-        Image.Resampling.BILINEAR,
-        fillcolor=_GREY,
+        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=_GREY
     )
 
 
@@ -122,11 +125,11 @@ class View:
 
     def of(self, image: Image.Image) -> Image.Image:
         """The view of an RGB image."""
-        square = image.resize((self.side, self.side), Image.Resampling.BICUBIC, box=self.box)
-        return self.finish(square)
+        return self.finish(np.asarray(image.crop(self.box)))
 
-    def finish(self, square: Image.Image) -> Image.Image:
-        """What comes after the crop: mirror and operations."""
+    def finish(self, crop: np.ndarray) -> Image.Image:
+        """What comes after the crop, ``(H, W, 3)`` uint8: resize, mirror and operations."""
+        square = Image.fromarray(resize(crop, self.side))
         if self.mirrored:
             square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         for op, strength in self.operations:

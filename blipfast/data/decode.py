@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 
 from blipfast.data.augment import View
 from blipfast.data.device_augment import finish_views
 from blipfast.data.images import image_size, load_image
-from blipfast.errors import ConfigError, DataError
+from blipfast.errors import ConfigError
 
 LoaderName = Literal["auto", "torch", "dali"]
 DALI_PACKAGE = "nvidia-dali-cuda130"  # plain `nvidia-dali` on the index is an empty stub
@@ -80,36 +79,36 @@ class DaliDecoder:
         self.rebuilt = 0
         self._pipe: Any = None
 
-    def decode(self, jobs: Sequence[Job]) -> list[np.ndarray | DataError]:
-        """``(side, side, 3)`` uint8 of each job, or what is wrong with it."""
+    def decode(self, jobs: Sequence[Job]) -> list[Future[np.ndarray]]:
+        """``(side, side, 3)`` uint8 of each job to come, or a DataError saying what is wrong.
+
+        DALI has decoded when this returns; the pool resizes and augments while the next batch is
+        decoded.
+        """
         plain = [i for i, job in enumerate(jobs) if job.plain]
-        others = [i for i, job in enumerate(jobs) if not job.plain]
-        results: list[Any] = [None] * len(jobs)
-        pending = {i: self.pool.submit(by_pillow, jobs[i]) for i in others}
-        crops = self._run([jobs[i] for i in plain]) if plain else None
+        futures = {
+            i: self.pool.submit(by_pillow, job) for i, job in enumerate(jobs) if not job.plain
+        }
+        crops = self._run([jobs[i] for i in plain]) if plain else []
         if crops is None:  # one of them is damaged: Pillow tells which, and reads the others
-            pending |= {i: self.pool.submit(by_pillow, jobs[i]) for i in plain}
+            futures |= {i: self.pool.submit(by_pillow, jobs[i]) for i in plain}
         elif isinstance(crops, torch.Tensor):  # all on the card
             finished = finish_views(crops, [jobs[i].view for i in plain]).cpu().numpy()
             for i, square in zip(plain, finished, strict=True):
-                results[i] = square
+                futures[i] = Future()
+                futures[i].set_result(square)
         else:
-            pending |= {
+            futures |= {
                 i: self.pool.submit(_finished, jobs[i].view, crop)
                 for i, crop in zip(plain, crops, strict=True)
             }
-        for i, future in pending.items():
-            try:
-                results[i] = future.result()
-            except DataError as error:
-                results[i] = error
-        return results
+        return [futures[i] for i in range(len(jobs))]
 
     def _run(self, jobs: list[Job]) -> list[np.ndarray] | torch.Tensor | None:
         """Crops, or None when DALI has given up on the batch.
 
-        On a GPU they are resized, ``(N, side, side, 3)``, and lie there. All are valid until the
-        next run.
+        On a GPU they are resized, ``(N, side, side, 3)``, lie there, and are valid until the next
+        run; on a CPU each keeps DALI's memory for as long as it is used.
         """
         if self._pipe is None:
             self._pipe = _pipeline(self.side, self.largest, self.threads, self.device)
@@ -132,10 +131,7 @@ class DaliDecoder:
 
 
 def _finished(view: View, crop: np.ndarray) -> np.ndarray:
-    image, side = Image.fromarray(crop), (view.side, view.side)
-    if image.size != side:
-        image = image.resize(side, Image.Resampling.BICUBIC)
-    return np.asarray(view.finish(image))
+    return np.asarray(view.finish(crop))
 
 
 def _pipeline(side: int, largest: int, threads: int, device: torch.device) -> Any:
@@ -158,7 +154,7 @@ def _pipeline(side: int, largest: int, threads: int, device: torch.device) -> An
             normalized_shape=False, output_type=types.RGB, jpeg_fancy_upsampling=True,
             device="mixed" if on_gpu else "cpu",
         )  # fmt: skip
-        if not on_gpu:  # Pillow's threads resize three times as fast
+        if not on_gpu:  # PyTorch resizes several times as fast
             return images
         return fn.resize(images, size=[side, side], interp_type=types.INTERP_CUBIC, antialias=True)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ class Place:
 
 Read = Callable[[Place], tuple[Sample, list[Job]]]
 Results = Iterator[tuple[Place, Loaded | DataError]]
+_Decoding = tuple[Sample, list[Future[np.ndarray]]]
 
 
 def load_by_pillow(places: Iterator[Place], read: Read, pool: Executor, under_way: int) -> Results:
@@ -67,7 +68,8 @@ def load_by_pillow(places: Iterator[Place], read: Read, pool: Executor, under_wa
 def load_by_dali(
     places: Iterator[Place], read: Read, pool: Executor, decoder: DaliDecoder, batch: int
 ) -> Results:
-    """The same, `batch` samples at a time: while they are decoded, the next ones are read."""
+    """The same, `batch` samples at a time: while DALI decodes them, the threads read the next ones
+    and finish those before."""
 
     def try_read(place: Place) -> tuple[Sample, list[Job]] | DataError:
         try:
@@ -81,25 +83,36 @@ def load_by_dali(
 
     ahead = chunks()
     waiting = deque(itertools.islice(ahead, 2))
+    before: Results = iter(())
     while waiting:
-        read_chunk = [(place, future.result()) for place, future in waiting.popleft()]
+        places_now, reads = zip(*waiting.popleft(), strict=True)
+        started = _decoding([future.result() for future in reads], decoder)
         waiting += itertools.islice(ahead, 1)
-        yield from zip(
-            [place for place, _ in read_chunk],
-            _decoded([got for _, got in read_chunk], decoder),
-            strict=True,
-        )
+        yield from before
+        before = _finished(places_now, started)
+    yield from before
 
 
-def _decoded(
+def _decoding(
     chunk: list[tuple[Sample, list[Job]] | DataError], decoder: DaliDecoder
-) -> Iterator[Loaded | DataError]:
+) -> list[_Decoding | DataError]:
     jobs = [job for got in chunk if not isinstance(got, DataError) for job in got[1]]
-    squares: Iterator[np.ndarray | DataError] = iter(decoder.decode(jobs))
-    for got in chunk:
+    futures = iter(decoder.decode(jobs))
+    return [
+        got if isinstance(got, DataError) else (got[0], [next(futures) for _ in got[1]])
+        for got in chunk
+    ]
+
+
+def _finished(places: Sequence[Place], chunk: list[_Decoding | DataError]) -> Results:
+    for place, got in zip(places, chunk, strict=True):
         if isinstance(got, DataError):
-            yield got
+            yield place, got
             continue
-        images = [next(squares) for _ in got[1]]
-        bad = [image for image in images if isinstance(image, DataError)]
-        yield bad[0] if bad else (got[0], images)
+        sample, futures = got
+        try:
+            loaded = sample, [future.result() for future in futures]
+        except DataError as error:
+            yield place, error
+        else:
+            yield place, loaded

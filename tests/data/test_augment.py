@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from blipfast.data import RANDAUGMENT_OPS, TrainTransform
-from blipfast.data.augment import apply_op, crop_box
+from blipfast.data.augment import affine_matrix, apply_op, crop_box
 from blipfast.errors import DataError
 
 PIXELS = np.random.default_rng(1).integers(30, 200, (40, 48, 3), dtype=np.uint8)
@@ -82,6 +82,27 @@ def test_each_operation() -> None:
         assert not np.array_equal(run(op), run(op, sign=-1))
     with pytest.raises(DataError, match="solarize"):
         run("solarize")
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0, 3.7, 5.0, 10.0])
+@pytest.mark.parametrize("op", ["translate_x", "translate_y", "brightness", "sharpness"])
+def test_what_is_spared_changes_nothing(op: str, strength: float) -> None:
+    """Pillow's long way to a shift by whole pixels, or by a neutral factor, gives the same."""
+    for sign in (-1, 1):
+        if op.startswith("translate"):
+            matrix = affine_matrix(op, sign * strength, PICTURE.width)
+            expected = PICTURE.transform(
+                PICTURE.size,
+                Image.Transform.AFFINE,
+                matrix,
+                Image.Resampling.BILINEAR,
+                fillcolor=(128, 128, 128),
+            )
+        else:
+            enhance = ImageEnhance.Brightness if op == "brightness" else ImageEnhance.Sharpness
+            expected = enhance(PICTURE).enhance(0.1 + 0.18 * strength)
+        ours = apply_op(PICTURE, op, strength, sign)
+        assert np.array_equal(np.asarray(ours), np.asarray(expected))
 
 
 def test_randaugment_is_applied_half_of_the_time() -> None:

@@ -21,7 +21,7 @@ def picture(seed: int) -> Image.Image:
 
 def both(views: list[View], images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
     squares = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    expected = [np.asarray(v.finish(i)) for v, i in zip(views, images, strict=True)]
+    expected = [np.asarray(v.finish(np.asarray(i))) for v, i in zip(views, images, strict=True)]
     return finish_views(squares, views).numpy().astype(int), np.stack(expected).astype(int)
 
 

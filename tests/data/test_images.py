@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from blipfast.data import IMAGE_MEAN, IMAGE_STD, EvalTransform, load_image, to_tensor
+from blipfast.data.images import resize
 from blipfast.errors import DataError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 31, 3), dtype=np.uint8)
@@ -155,6 +156,22 @@ def test_damaged_bytes_load_or_raise_data_error(kind: str, place: int, value: in
         assert str(error).startswith("x: ")  # noqa: PT017
     else:
         assert image.mode == "RGB"
+
+
+@pytest.mark.parametrize("size", [(24, 31), (1, 1), (3, 200), (64, 64), (301, 190)])
+@pytest.mark.parametrize("part", [False, True])
+def test_resize_is_pillows(size: tuple[int, int], part: bool) -> None:
+    """PyTorch rounds to whole levels after each of the two directions, as Pillow does."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    if part:  # a slice, which may not be written
+        pixels = np.pad(pixels, ((2, 2), (5, 5), (0, 0)))[2:-2, 5:-5]
+        pixels.flags.writeable = False
+    theirs = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC)
+    ours = resize(pixels, 64)
+    apart = np.abs(ours.astype(int) - np.asarray(theirs))
+    assert ours.shape == (64, 64, 3)
+    assert apart.max() <= 3
+    assert apart.mean() < 0.02
 
 
 def test_eval_transform_resizes_and_normalises() -> None:
