@@ -44,6 +44,7 @@ _NVIDIA = {
     "100": (227 << 10, 228 << 10),
 }
 _REGISTERS, _THREADS = 65536, 2048
+_WIDE = r"IMAD\.(?:WIDE|HI)|v_mul_hi_u32|v_mad_u64_u32"
 _TENSOR_CORE = {"80": "HMMA", "90": "HGMMA|HMMA", "100": "UTC[A-Z]*MMA|HMMA", "gfx942": "mfma"}
 
 
@@ -75,6 +76,7 @@ class Row:
     spills: int
     shared: int
     tensor_core: int
+    wide_products: int  # of two 32-bit numbers, in whole: draws of dropout, and addresses
     occupancy: float
     faults: list[str]
 
@@ -140,7 +142,8 @@ def compile_launch(launch: Launch, arch: str) -> Row:
     )
     config += f" warps={launch.options['num_warps']} stages={launch.options['num_stages']}"
     read = _read_nvidia if nvidia else _read_amd
-    registers, spills, tensor_core, dots = read(compiled, arch)
+    registers, spills, code = read(compiled)
+    tensor_core = len(re.findall(_TENSOR_CORE[arch], code))
     row = Row(
         arch=arch if not nvidia else f"sm_{arch}",
         case=launch.label,
@@ -150,6 +153,7 @@ def compile_launch(launch: Launch, arch: str) -> Row:
         spills=spills,
         shared=compiled.metadata.shared,
         tensor_core=tensor_core,
+        wide_products=len(re.findall(_WIDE, code)),
         occupancy=_occupancy(arch, registers, compiled.metadata.shared, launch.options),
         faults=[],
     )
@@ -158,12 +162,13 @@ def compile_launch(launch: Launch, arch: str) -> Row:
         row.faults.append(f"{spills} spills")
     if row.shared > limit:
         row.faults.append(f"{row.shared} bytes of shared memory of {limit}")
-    if dots and not tensor_core:
+    if _has_dots(compiled) and not tensor_core:
         row.faults.append("no tensor-core instructions")
     return row
 
 
-def _read_nvidia(compiled: Any, arch: str) -> tuple[int, int, int, bool]:
+def _read_nvidia(compiled: Any) -> tuple[int, int, str]:
+    """Registers, spills and the machine code."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -175,20 +180,17 @@ def _read_nvidia(compiled: Any, arch: str) -> tuple[int, int, int, bool]:
             [tool, "-sass", file.name], capture_output=True, text=True, check=True
         ).stdout
     registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
-    spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
-    return registers, spills, len(re.findall(_TENSOR_CORE[arch], sass)), _has_dots(compiled)
+    return registers, len(re.findall(r"\b(?:STL|LDL)\b", sass)), sass
 
 
-def _read_amd(compiled: Any, arch: str) -> tuple[int, int, int, bool]:
+def _read_amd(compiled: Any) -> tuple[int, int, str]:
     text = compiled.asm["amdgcn"]
 
     def number(key: str) -> int:
         return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # type: ignore[index]
 
     # Scalar registers spill into lanes of vector registers, not into memory.
-    spills = number("vgpr_spill_count")
-    tensor_core = len(re.findall(_TENSOR_CORE[arch], text))
-    return number("vgpr_count"), spills, tensor_core, _has_dots(compiled)
+    return number("vgpr_count"), number("vgpr_spill_count"), text
 
 
 def _has_dots(compiled: Any) -> bool:
@@ -242,16 +244,17 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown."""
     lines = [
         f"Triton {triton.__version__}, compiled without a GPU by `python -m benchmarks.aot`.",
-        "Occupancy: share of a multiprocessor's threads, from registers and shared memory.",
+        "Occupancy: share of a multiprocessor's threads, from registers and shared memory. Wide",
+        "products are those of 32 by 32 bits to 64: dropout's draws, 14 each, and addresses.",
         "",
         "| arch | case | kernel | configuration | registers | spills | shared, bytes "
-        "| tensor-core instr. | occupancy |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| tensor-core instr. | wide products | occupancy |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         lines.append(
             f"| {r.arch} | {r.case} | {r.kernel} | {r.config} | {r.registers} | {r.spills} "
-            f"| {r.shared} | {r.tensor_core} | {r.occupancy:.0%} |"
+            f"| {r.shared} | {r.tensor_core} | {r.wide_products} | {r.occupancy:.0%} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -285,9 +285,9 @@ def uniform(rows: Tensor, columns: Tensor, *, seed: int, step: int | Tensor, str
 
 
 def philox(
-    c0: Tensor, c1: Tensor, c2: int | Tensor, c3: int, *, seed: int
+    c0: Tensor, c1: Tensor, c2: int | Tensor, c3: int, *, seed: int, rounds: int = 10
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al. 2011): four 32-bit words, held in int64, for each counter.
+    """Philox4x32 (Salmon et al. 2011): four 32-bit words, held in int64, for each counter.
 
     `c0` and `c1` broadcast against each other. Products wrap in int64 like unsigned ones, which
     leaves both halves right after masking.
@@ -295,7 +295,7 @@ def philox(
     k0, k1 = seed & _WORD, seed >> 32 & _WORD
     c0, c1 = torch.broadcast_tensors(c0.long(), c1.long())
     words = (c0, c1, torch.zeros_like(c0) + c2, torch.full_like(c0, c3))
-    for _ in range(10):
+    for _ in range(rounds):
         first, second = words[0] * _MULTIPLIERS[0], words[2] * _MULTIPLIERS[1]
         words = (
             (second >> 32 & _WORD) ^ words[1] ^ k0,

@@ -70,15 +70,39 @@ def _store(base, strides, b, h, index, valid, columns, head_dim, value):
 
 
 @triton.jit
-def _raise(seed, keys, packed, head, dropout_p, DROPOUT: tl.constexpr):
-    """Factors of the attention weights: 0 where dropped; `keys`, `packed` broadcast together."""
+def _raise(
+    seed,
+    start,
+    first_row,
+    b,
+    h,
+    dropout_p,
+    TRANSPOSED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Factors of the attention weights, `(rows, keys)` or transposed: 0 where dropped.
+
+    start, first_row: of set b, where the tile's keys and rows begin. One draw serves four weights,
+    of two keys and two rows that are eight apart: as products of matrices lie in registers, either
+    way, one thread holds all four, and the compiler makes one draw of theirs.
+    """
     if DROPOUT:
-        key = keys.to(tl.int32) + tl.zeros_like(packed).to(tl.int32)
-        row = packed.to(tl.int32) + tl.zeros_like(key)
-        zero = tl.zeros_like(key)
-        word, _, _, _ = tl.philox(tl.load(seed), key, row, zero + head, zero)
-        uniform = (word >> 8).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0)
-        return tl.where(uniform >= dropout_p, 1.0 / (1.0 - dropout_p), 0.0)
+        keys, rows = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+        if TRANSPOSED:
+            n, m = keys[:, None], rows[None, :]
+        else:
+            n, m = keys[None, :], rows[:, None]
+        zero = tl.zeros_like(n) + tl.zeros_like(m)
+        key, row = start + (n & -9) + zero, first_row + (m & -9) + zero
+        w0, w1, w2, w3 = tl.philox(
+            tl.load(seed), key, row, h + zero, b.to(tl.int32) + zero, n_rounds=7
+        )
+        low, high = tl.where((n & 8) == 0, w0, w1), tl.where((n & 8) == 0, w2, w3)
+        word = tl.where((m & 8) == 0, low, high)
+        dropped = tl.full([1, 1], dropout_p * 4294967296.0, tl.float32).to(tl.uint32)
+        return tl.where(word >= dropped, 1.0 / (1.0 - dropout_p), 0.0)
     else:
         return 1.0
 
@@ -143,7 +167,8 @@ def forward(
         p = tl.exp2(s - new_peak[:, None])
         fade = tl.exp2(peak - new_peak)
         total = total * fade + tl.sum(p, 1)
-        p *= _raise(seed, n[None, :], packed[:, None], h, scales[2], DROPOUT)
+        first_row = tile * BLOCK_M
+        p *= _raise(seed, start, first_row, b, h, scales[2], False, DROPOUT, BLOCK_M, BLOCK_N)
         v_tile = _load(v, v_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
         acc = acc * fade[:, None]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
@@ -234,7 +259,7 @@ def backward(
         pairs = there[:, None] & rows[None, :]
         if CAUSAL:
             pairs = pairs & (n[:, None] <= places[None, :])
-        raised = _raise(seed, n[:, None], packed[None, :], h, scales[2], DROPOUT)
+        raised = _raise(seed, start, 0, b, h, scales[2], True, DROPOUT, BLOCK_M, BLOCK_N)
         weights, ds = _score_gradients(
             k_tile, v_tile, queries, grads, lses, delta, pairs, raised, scales, PRECISION
         )
@@ -315,7 +340,8 @@ def backward_queries(
         pairs = there[:, None] & rows[None, :]
         if CAUSAL:
             pairs = pairs & (n[:, None] <= places[None, :])
-        raised = _raise(seed, n[:, None], packed[None, :], h, scales[2], DROPOUT)
+        first_row = tile * BLOCK_M
+        raised = _raise(seed, start, first_row, b, h, scales[2], True, DROPOUT, BLOCK_M, BLOCK_N)
         _, ds = _score_gradients(
             k_tile, v_tile, queries, grads, lses, deltas, pairs, raised, scales, PRECISION
         )
@@ -374,7 +400,9 @@ def backward_keys(
 
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for tile in range(start // BLOCK_M if CAUSAL else 0, num_tiles):
+    passed = start // BLOCK_M if CAUSAL else 0  # tiles whose rows see none of these keys
+    for step in range(0, num_tiles - passed):
+        tile = passed + step
         grouped, packed, rows = _rows(cu_rows, order, b, tile, HAS_ORDER, BLOCK_M)
         queries = _load(q, q_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
         grads = _load(grad, grad_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
@@ -384,7 +412,8 @@ def backward_keys(
         if CAUSAL:
             places = tile * BLOCK_M + tl.arange(0, BLOCK_M)
             pairs = pairs & (n[:, None] <= places[None, :])
-        raised = _raise(seed, n[:, None], packed[None, :], h, scales[2], DROPOUT)
+        first_row = tile * BLOCK_M
+        raised = _raise(seed, start, first_row, b, h, scales[2], True, DROPOUT, BLOCK_M, BLOCK_N)
         weights, ds = _score_gradients(
             k_tile, v_tile, queries, grads, lses, deltas, pairs, raised, scales, PRECISION
         )

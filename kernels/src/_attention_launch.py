@@ -152,11 +152,8 @@ def _configuration(
     wide = block_d > 64
     if q.dtype == torch.float32 and backward:
         chosen = {"BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
-    elif q.dtype == torch.float32:
+    elif q.dtype == torch.float32 or backward:
         chosen = {"BLOCK_N": 32, "num_warps": 8 if wide else 4, "num_stages": 2}
-    elif backward:
-        eight = wide or (dropout and block_m == 64)
-        chosen = {"BLOCK_N": 32, "num_warps": 8 if eight else 4, "num_stages": 2}
     else:
         eight = wide and block_m == 64
         chosen = {"BLOCK_N": 64, "num_warps": 8 if eight else 4, "num_stages": 2}

@@ -50,7 +50,9 @@ def cross_attention(
             valid key gives 0, and no gradient.
         dropout_p: probability of dropping an attention weight, in `[0, 1)`.
         seed: one int64 on the device, needed with dropout. The same seed drops the same weights
-            whatever the tiles: Philox4x32-10 keyed by it, counting (key, packed row, head).
+            whatever the tiles, by Philox4x32-7 (the fewest rounds that pass all of BigCrush) keyed
+            by it, counting (key, row of the set, head, set). Key and row are taken without their
+            bit of value 8: the bits (row, key) number the weight among the four words.
 
     Returns:
         `(T, H, head_dim)`, contiguous, softmax and sums in float32.

@@ -40,6 +40,20 @@ def test_a_few_configurations(card: str) -> None:
     check(compile_for(card, "--quick"))
 
 
+@pytest.mark.parametrize("card", ["80", "90"])
+def test_one_draw_of_dropout_serves_four_weights(card: str) -> None:
+    """The compiler sees that they share it: a thread has 32 weights of a tile of 64 x 64."""
+    result = compile_for(card, "--quick", "--only", "cross_attention bf16 d=64 rows=")
+    products = {
+        "dropout" in row["case"]: row["wide_products"]
+        for row in json.loads(result.stdout)
+        if row["kernel"] == "forward" and row["config"].startswith("m=64 n=64 d=64 warps=4")
+    }
+    rounds, products_of_a_round = 7, 2
+    draws = (products[True] - products[False]) / (rounds * products_of_a_round)
+    assert 32 / 4 - 2 <= draws <= 32 / 4 + 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("card", CARDS)
 def test_every_configuration(card: str) -> None:

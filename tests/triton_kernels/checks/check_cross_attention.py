@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from blipfast.kernels import _attention_launch
 from blipfast.kernels._tile_table import tile_table
 from blipfast.kernels.cross_attention import cross_attention as kernel
+from dropout_mask import kept
 from place import DEVICE, IMPL, INTERPRETED
 from torch import Tensor
 
@@ -22,7 +23,6 @@ from blipfast.ops.attention import (
     cross_backends,
 )
 from blipfast.ops.device_packing import DevicePacking, plan_of
-from blipfast.ops.hard_negatives import philox
 from blipfast.ops.packing import Packing
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -187,31 +187,31 @@ def test_lengths_out_of_range_read_nothing_else() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("rows", [10, 70])
-def test_dropout_drops_what_philox_says(rows: int) -> None:
+@pytest.mark.parametrize("rows", [(10, 4), (70, 30)], ids=str)
+def test_dropout_drops_what_philox_says(rows: tuple[int, int]) -> None:
     """Against the formula with the mask computed apart; so it does not depend on the tiles."""
     p, keys, heads, seed = 0.3, 20, 2, 123456789012345
-    q = torch.randn(rows, heads, 32, dtype=torch.float64)
-    k, v = torch.randn(2, 1, heads, keys, 32, dtype=torch.float64)
-    order = torch.randperm(rows)
+    q = torch.randn(sum(rows), heads, 32, dtype=torch.float64)
+    k, v = torch.randn(2, 2, heads, keys, 32, dtype=torch.float64)
+    order = torch.randperm(sum(rows))
     weights = torch.randn_like(q)
-    kept = torch.empty(heads, rows, keys, dtype=torch.bool)
-    for h in range(heads):
-        words = philox(torch.arange(keys)[None], torch.arange(rows)[:, None], h, 0, seed=seed)
-        kept[h] = (words[0] >> 8).double() * 2.0**-24 >= p
-    assert 0.6 < kept.double().mean() < 0.8
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    probs = torch.einsum("qhd,hkd->hqk", leaves[0], leaves[1][0]).div(32**0.5).softmax(-1)
-    exact = torch.einsum("hqk,hkd->qhd", probs * kept / (1 - p), leaves[2][0])
+    exact = torch.empty_like(q)
+    for b, chosen in enumerate(order.split(rows)):
+        mask = kept(rows[b], keys, heads, b, p, seed)
+        assert 0.6 < mask.double().mean() < 0.8
+        scores = torch.einsum("qhd,hkd->hqk", leaves[0][chosen], leaves[1][b]) / 32**0.5
+        probs = scores.softmax(-1) * mask / (1 - p)
+        exact = exact.index_copy(0, chosen, torch.einsum("hqk,hkd->qhd", probs, leaves[2][b]))
     exact_gradients = torch.autograd.grad(exact, leaves, weights)
     low = [x.float().requires_grad_() for x in (q, k, v)]
-    cu_rows = torch.tensor([0, rows], dtype=torch.int32)
-    out = kernel(*low, cu_rows, rows, order=order, dropout_p=p, seed=torch.tensor([seed]))
+    cu_rows = torch.tensor([0, rows[0], sum(rows)], dtype=torch.int32)
+    out = kernel(*low, cu_rows, max(rows), order=order, dropout_p=p, seed=torch.tensor([seed]))
     gradients = torch.autograd.grad(out, low, weights.float())
     for a, b in zip([out, *gradients], [exact, *exact_gradients], strict=True):
         torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=2e-5)
     with pytest.raises(ValueError, match="seed"):
-        kernel(*low, cu_rows, rows, dropout_p=p)
+        kernel(*low, cu_rows, max(rows), dropout_p=p)
 
 
 def test_dropout_draws_from_the_generator() -> None:

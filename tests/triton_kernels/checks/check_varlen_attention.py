@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from blipfast.kernels.varlen_attention import varlen_attention as kernel
+from dropout_mask import kept
 from place import DEVICE, IMPL, INTERPRETED
 from torch import Tensor
 
 from blipfast.errors import BackendError
 from blipfast.ops.attention import varlen_attention, varlen_backends
-from blipfast.ops.hard_negatives import philox
 from blipfast.ops.packing import Packing
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -93,17 +93,14 @@ def test_dropout_drops_what_philox_says(lengths: list[int], causal: bool) -> Non
     qkv = torch.randn(total, 3, heads, 32, dtype=torch.float64).requires_grad_()
     weights = torch.randn(total, heads, 32, dtype=torch.float64)
     outputs, first = [], 0
-    for length in lengths:
-        keys, rows = torch.arange(length)[None], torch.arange(first, first + length)[:, None]
-        words = [philox(keys, rows, h, 0, seed=seed)[0] for h in range(heads)]
-        kept = torch.stack(words) >> 8
-        kept = kept.double() * 2.0**-24 >= p
+    for number, length in enumerate(lengths):
+        mask = kept(length, length, heads, number, p, seed)
         q, k, v = qkv[first : first + length].unbind(1)
         scores = torch.einsum("qhd,khd->hqk", q, k) / 32**0.5
         if causal:
             ahead = torch.ones(length, length, dtype=torch.bool).triu(1)
             scores = scores.masked_fill(ahead, float("-inf"))
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1) * kept / (1 - p), v))
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1) * mask / (1 - p), v))
         first += length
     exact = torch.cat(outputs)
     (exact_gradient,) = torch.autograd.grad(exact, qkv, weights)
