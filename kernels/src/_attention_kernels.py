@@ -11,100 +11,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def _place(table, tiles, BY_TABLE: tl.constexpr):
-    """The set and the tile of rows that are this program's: by number, or from a list of them."""
-    number = tl.program_id(0)
-    if BY_TABLE:
-        return tl.load(table + 2 * number).to(tl.int64), tl.load(table + 2 * number + 1)
-    else:
-        return (number // tiles).to(tl.int64), number % tiles
-
-
-@triton.jit
-def _rows(cu_rows, order, b, tile, HAS_ORDER: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Grouped and packed numbers of a tile's rows, and which of them exist."""
-    grouped = tl.load(cu_rows + b) + tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = grouped < tl.load(cu_rows + b + 1)
-    if HAS_ORDER:
-        packed = tl.load(order + grouped, mask=valid, other=0).to(tl.int64)
-    else:
-        packed = grouped.to(tl.int64)
-    return grouped, packed, valid
-
-
-@triton.jit
-def _keys(kv_lengths, cu_rows, b, num_keys, HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr):
-    """Where a set's keys start, how many are valid, how many there are."""
-    if PACKED:
-        first = tl.load(cu_rows + b)
-        count = tl.load(cu_rows + b + 1) - first
-        return first.to(tl.int64), count, count
-    elif HAS_LENGTHS:
-        valid = tl.maximum(tl.minimum(tl.load(kv_lengths + b).to(tl.int32), num_keys), 0)
-        return 0, valid, num_keys
-    else:
-        return 0, num_keys, num_keys
-
-
-@triton.jit
-def _load(base, strides, b, h, index, valid, columns, head_dim, EVEN_D: tl.constexpr):
-    """Rows `index` of one set and head, `(len(index), BLOCK_D)`, zero where there is nothing."""
-    base += b * strides[0] + h * strides[1]
-    pointers = base + index[:, None] * strides[2] + columns[None, :] * strides[3]
-    if EVEN_D:
-        return tl.load(pointers, mask=valid[:, None], other=0.0)
-    else:
-        mask = valid[:, None] & (columns[None, :] < head_dim)
-        return tl.load(pointers, mask=mask, other=0.0)
-
-
-@triton.jit
-def _store(base, strides, b, h, index, valid, columns, head_dim, value):
-    base += b * strides[0] + h * strides[1]
-    pointers = base + index[:, None] * strides[2] + columns[None, :] * strides[3]
-    mask = valid[:, None] & (columns[None, :] < head_dim)
-    tl.store(pointers, value.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _raise(
-    seed,
-    start,
-    first_row,
-    b,
-    h,
-    dropout_p,
-    TRANSPOSED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Factors of the attention weights, `(rows, keys)` or transposed: 0 where dropped.
-
-    start, first_row: of set b, where the tile's keys and rows begin. One draw serves four weights,
-    of two keys and two rows that are eight apart: as products of matrices lie in registers, either
-    way, one thread holds all four, and the compiler makes one draw of theirs.
-    """
-    if DROPOUT:
-        keys, rows = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-        if TRANSPOSED:
-            n, m = keys[:, None], rows[None, :]
-        else:
-            n, m = keys[None, :], rows[:, None]
-        zero = tl.zeros_like(n) + tl.zeros_like(m)
-        key, row = start + (n & -9) + zero, first_row + (m & -9) + zero
-        w0, w1, w2, w3 = tl.philox(
-            tl.load(seed), key, row, h + zero, b.to(tl.int32) + zero, n_rounds=7
-        )
-        low, high = tl.where((n & 8) == 0, w0, w1), tl.where((n & 8) == 0, w2, w3)
-        word = tl.where((m & 8) == 0, low, high)
-        dropped = tl.full([1, 1], dropout_p * 4294967296.0, tl.float32).to(tl.uint32)
-        return tl.where(word >= dropped, 1.0 / (1.0 - dropout_p), 0.0)
-    else:
-        return 1.0
+from blipfast.kernels._attention_tiles import (
+    keys_of,
+    load_rows,
+    place_of,
+    raise_weights,
+    rows_of,
+    store_rows,
+)
 
 
 @triton.jit
@@ -139,17 +53,17 @@ def forward(
     PRECISION: tl.constexpr,
 ):
     """Output and log2-sum-exp of a tile of rows; `tiles` programs for each set, or a table's."""
-    b, tile = _place(table, tiles, BY_TABLE)
+    b, tile = place_of(table, tiles, BY_TABLE)
     h = tl.program_id(1)
     num_rows, head_dim = sizes[1], sizes[2]
-    grouped, packed, rows = _rows(cu_rows, order, b, tile, HAS_ORDER, BLOCK_M)
-    first, valid_keys, _num = _keys(kv_lengths, cu_rows, b, sizes[0], HAS_LENGTHS, PACKED)
+    grouped, packed, rows = rows_of(cu_rows, order, b, tile, HAS_ORDER, BLOCK_M)
+    first, valid_keys, _num = keys_of(kv_lengths, cu_rows, b, sizes[0], HAS_LENGTHS, PACKED)
     columns = tl.arange(0, BLOCK_D)
     if tl.load(cu_rows + b) + tile * BLOCK_M >= tl.load(cu_rows + b + 1):
         return
     places = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     stop = tl.minimum(valid_keys, (tile + 1) * BLOCK_M) if CAUSAL else valid_keys
-    queries = _load(q, q_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
+    queries = load_rows(q, q_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
 
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -157,7 +71,7 @@ def forward(
     for start in range(0, stop, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         there = n < valid_keys
-        k_tile = _load(k, k_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
+        k_tile = load_rows(k, k_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
         s = tl.dot(queries, tl.trans(k_tile), input_precision=PRECISION) * scales[1]
         seen = there[None, :]
         if CAUSAL:
@@ -168,14 +82,16 @@ def forward(
         fade = tl.exp2(peak - new_peak)
         total = total * fade + tl.sum(p, 1)
         first_row = tile * BLOCK_M
-        p *= _raise(seed, start, first_row, b, h, scales[2], False, DROPOUT, BLOCK_M, BLOCK_N)
-        v_tile = _load(v, v_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
+        p *= raise_weights(
+            seed, start, first_row, b, h, scales[2], False, DROPOUT, BLOCK_M, BLOCK_N
+        )
+        v_tile = load_rows(v, v_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
         acc = acc * fade[:, None]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
         peak = new_peak
     total = tl.where(valid_keys > 0, total, 1.0)
     acc = acc / total[:, None]
-    _store(out, out_strides, 0, h, packed, rows, columns, head_dim, acc)
+    store_rows(out, out_strides, 0, h, packed, rows, columns, head_dim, acc)
     tl.store(lse + h.to(tl.int64) * num_rows + grouped, peak + tl.log2(total), mask=rows)
 
 
@@ -239,13 +155,13 @@ def backward(
     """All gradients of one set and head, whose rows fit one tile: everything is read once."""
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     num_rows, head_dim = sizes[1], sizes[2]
-    grouped, packed, rows = _rows(cu_rows, order, b, 0, HAS_ORDER, BLOCK_M)
-    first, valid_keys, num_keys = _keys(kv_lengths, cu_rows, b, sizes[0], HAS_LENGTHS, PACKED)
+    grouped, packed, rows = rows_of(cu_rows, order, b, 0, HAS_ORDER, BLOCK_M)
+    first, valid_keys, num_keys = keys_of(kv_lengths, cu_rows, b, sizes[0], HAS_LENGTHS, PACKED)
     valid_keys = tl.where(tl.load(cu_rows + b) < tl.load(cu_rows + b + 1), valid_keys, 0)
     columns = tl.arange(0, BLOCK_D)
-    queries = _load(q, q_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
-    grads = _load(grad, grad_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
-    outs = _load(out, out_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
+    queries = load_rows(q, q_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
+    grads = load_rows(grad, grad_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
+    outs = load_rows(out, out_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
     delta = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), 1)
     lses = tl.load(lse + h.to(tl.int64) * num_rows + grouped, mask=rows, other=0.0)
     places = tl.arange(0, BLOCK_M)
@@ -254,26 +170,26 @@ def backward(
     for start in range(0, valid_keys, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         there = n < valid_keys
-        k_tile = _load(k, k_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
-        v_tile = _load(v, v_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
+        k_tile = load_rows(k, k_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
+        v_tile = load_rows(v, v_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
         pairs = there[:, None] & rows[None, :]
         if CAUSAL:
             pairs = pairs & (n[:, None] <= places[None, :])
-        raised = _raise(seed, start, 0, b, h, scales[2], True, DROPOUT, BLOCK_M, BLOCK_N)
+        raised = raise_weights(seed, start, 0, b, h, scales[2], True, DROPOUT, BLOCK_M, BLOCK_N)
         weights, ds = _score_gradients(
             k_tile, v_tile, queries, grads, lses, delta, pairs, raised, scales, PRECISION
         )
         dv_tile = tl.dot(weights, grads, input_precision=PRECISION)
-        _store(dv, dv_strides, b, h, first + n, n < num_keys, columns, head_dim, dv_tile)
+        store_rows(dv, dv_strides, b, h, first + n, n < num_keys, columns, head_dim, dv_tile)
         dk_tile = tl.dot(ds, queries, input_precision=PRECISION)
-        _store(dk, dk_strides, b, h, first + n, n < num_keys, columns, head_dim, dk_tile)
+        store_rows(dk, dk_strides, b, h, first + n, n < num_keys, columns, head_dim, dk_tile)
         dq_acc = tl.dot(tl.trans(ds), k_tile, dq_acc, input_precision=PRECISION)
-    _store(dq, dq_strides, 0, h, packed, rows, columns, head_dim, dq_acc)
+    store_rows(dq, dq_strides, 0, h, packed, rows, columns, head_dim, dq_acc)
     nothing = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(tl.cdiv(valid_keys, BLOCK_N) * BLOCK_N, num_keys, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        _store(dk, dk_strides, b, h, n, n < num_keys, columns, head_dim, nothing)
-        _store(dv, dv_strides, b, h, n, n < num_keys, columns, head_dim, nothing)
+        store_rows(dk, dk_strides, b, h, n, n < num_keys, columns, head_dim, nothing)
+        store_rows(dv, dv_strides, b, h, n, n < num_keys, columns, head_dim, nothing)
 
 
 @triton.jit
@@ -313,19 +229,19 @@ def backward_queries(
     PRECISION: tl.constexpr,
 ):
     """dQ of a tile of rows, and their `delta = sum(out * grad)` for `backward_keys`."""
-    b, tile = _place(table, tiles, BY_TABLE)
+    b, tile = place_of(table, tiles, BY_TABLE)
     h = tl.program_id(1)
     num_rows, head_dim = sizes[1], sizes[2]
-    grouped, packed, rows = _rows(cu_rows, order, b, tile, HAS_ORDER, BLOCK_M)
+    grouped, packed, rows = rows_of(cu_rows, order, b, tile, HAS_ORDER, BLOCK_M)
     if tl.load(cu_rows + b) + tile * BLOCK_M >= tl.load(cu_rows + b + 1):
         return
-    first, valid_keys, _num = _keys(kv_lengths, cu_rows, b, sizes[0], HAS_LENGTHS, PACKED)
+    first, valid_keys, _num = keys_of(kv_lengths, cu_rows, b, sizes[0], HAS_LENGTHS, PACKED)
     places = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     stop = tl.minimum(valid_keys, (tile + 1) * BLOCK_M) if CAUSAL else valid_keys
     columns = tl.arange(0, BLOCK_D)
-    queries = _load(q, q_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
-    grads = _load(grad, grad_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
-    outs = _load(out, out_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
+    queries = load_rows(q, q_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
+    grads = load_rows(grad, grad_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
+    outs = load_rows(out, out_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
     deltas = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), 1)
     place = h.to(tl.int64) * num_rows + grouped
     tl.store(delta + place, deltas, mask=rows)
@@ -335,18 +251,20 @@ def backward_queries(
     for start in range(0, stop, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         there = n < valid_keys
-        k_tile = _load(k, k_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
-        v_tile = _load(v, v_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
+        k_tile = load_rows(k, k_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
+        v_tile = load_rows(v, v_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
         pairs = there[:, None] & rows[None, :]
         if CAUSAL:
             pairs = pairs & (n[:, None] <= places[None, :])
         first_row = tile * BLOCK_M
-        raised = _raise(seed, start, first_row, b, h, scales[2], True, DROPOUT, BLOCK_M, BLOCK_N)
+        raised = raise_weights(
+            seed, start, first_row, b, h, scales[2], True, DROPOUT, BLOCK_M, BLOCK_N
+        )
         _, ds = _score_gradients(
             k_tile, v_tile, queries, grads, lses, deltas, pairs, raised, scales, PRECISION
         )
         dq_acc = tl.dot(tl.trans(ds), k_tile, dq_acc, input_precision=PRECISION)
-    _store(dq, dq_strides, 0, h, packed, rows, columns, head_dim, dq_acc)
+    store_rows(dq, dq_strides, 0, h, packed, rows, columns, head_dim, dq_acc)
 
 
 @triton.jit
@@ -388,11 +306,11 @@ def backward_keys(
     b, h = (tl.program_id(0) // key_tiles).to(tl.int64), tl.program_id(1)
     start = (tl.program_id(0) % key_tiles) * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
-    first, valid_keys, num_keys = _keys(kv_lengths, cu_rows, b, sizes[0], HAS_LENGTHS, PACKED)
+    first, valid_keys, num_keys = keys_of(kv_lengths, cu_rows, b, sizes[0], HAS_LENGTHS, PACKED)
     there = n < valid_keys
     columns = tl.arange(0, BLOCK_D)
-    k_tile = _load(k, k_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
-    v_tile = _load(v, v_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
+    k_tile = load_rows(k, k_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
+    v_tile = load_rows(v, v_strides, b, h, first + n, there, columns, head_dim, EVEN_D)
     num_tiles = tl.cdiv(tl.load(cu_rows + b + 1) - tl.load(cu_rows + b), BLOCK_M)
     num_tiles = tl.where(start < valid_keys, num_tiles, 0)
     lse += h.to(tl.int64) * num_rows
@@ -403,9 +321,9 @@ def backward_keys(
     passed = start // BLOCK_M if CAUSAL else 0  # tiles whose rows see none of these keys
     for step in range(0, num_tiles - passed):
         tile = passed + step
-        grouped, packed, rows = _rows(cu_rows, order, b, tile, HAS_ORDER, BLOCK_M)
-        queries = _load(q, q_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
-        grads = _load(grad, grad_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
+        grouped, packed, rows = rows_of(cu_rows, order, b, tile, HAS_ORDER, BLOCK_M)
+        queries = load_rows(q, q_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
+        grads = load_rows(grad, grad_strides, 0, h, packed, rows, columns, head_dim, EVEN_D)
         lses = tl.load(lse + grouped, mask=rows, other=0.0)
         deltas = tl.load(delta + grouped, mask=rows, other=0.0)
         pairs = there[:, None] & rows[None, :]
@@ -413,11 +331,13 @@ def backward_keys(
             places = tile * BLOCK_M + tl.arange(0, BLOCK_M)
             pairs = pairs & (n[:, None] <= places[None, :])
         first_row = tile * BLOCK_M
-        raised = _raise(seed, start, first_row, b, h, scales[2], True, DROPOUT, BLOCK_M, BLOCK_N)
+        raised = raise_weights(
+            seed, start, first_row, b, h, scales[2], True, DROPOUT, BLOCK_M, BLOCK_N
+        )
         weights, ds = _score_gradients(
             k_tile, v_tile, queries, grads, lses, deltas, pairs, raised, scales, PRECISION
         )
         dv_acc = tl.dot(weights, grads, dv_acc, input_precision=PRECISION)
         dk_acc = tl.dot(ds, queries, dk_acc, input_precision=PRECISION)
-    _store(dk, dk_strides, b, h, first + n, n < num_keys, columns, head_dim, dk_acc)
-    _store(dv, dv_strides, b, h, first + n, n < num_keys, columns, head_dim, dv_acc)
+    store_rows(dk, dk_strides, b, h, first + n, n < num_keys, columns, head_dim, dk_acc)
+    store_rows(dv, dv_strides, b, h, first + n, n < num_keys, columns, head_dim, dv_acc)
