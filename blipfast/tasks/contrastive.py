@@ -7,6 +7,7 @@ Their step has three phases, so that a batch can also be gone through in parts
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,11 +39,10 @@ from blipfast.ops.packing import Index
 @dataclass(frozen=True)
 class Contrast:
     """ITC's loss (scalar) and the negatives drawn for ITM, numbered over all ranks' pairs where
-    they come from all ranks (`from_all_ranks`)."""
+    the task draws from all ranks."""
 
     loss_itc: Tensor
     negatives: Negatives
-    from_all_ranks: bool
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,11 @@ class ContrastiveBlip(Blip):
         super().__init__(config, contrastive=True, num_classes=2, **parts)
         self.momentum, self.across_ranks = momentum, across_ranks
         self.moves_twin = True
+
+    @property
+    @abstractmethod
+    def draws_from_all_ranks(self) -> bool:
+        """Whether ITM's negatives may be other ranks' images and texts, which have to move here."""
 
     @property
     def teacher(self) -> MomentumTwin:
@@ -185,11 +190,11 @@ class ContrastiveBlip(Blip):
     ) -> Surroundings:
         """Brings the drawn images and texts here; of other ranks' images only the drawn ones."""
         negatives = contrast.negatives
-        if contrast.from_all_ranks and world_size() > 1:
+        if self.draws_from_all_ranks and world_size() > 1:
             if isinstance(input_ids, PackedText) or attention_mask is None:
                 raise ShapeError(
                     "negatives from all ranks need padded input_ids and attention_mask; packed "
-                    "texts go with across_ranks=False"
+                    "texts go with those of the own rank alone"
                 )
             image_embeds, places = fetch_rows(image_embeds, negatives.image_index)
             ids, mask = gather_texts(input_ids, attention_mask)

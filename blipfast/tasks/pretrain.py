@@ -73,6 +73,10 @@ class BlipForPretraining(ContrastiveBlip):
         self.twin = MomentumTwin(self)
         self.queue = FeatureQueue(queue_size, config.embed_dim)
 
+    @property
+    def draws_from_all_ranks(self) -> bool:
+        return self.across_ranks
+
     @keeping_copies()
     def forward(
         self,
@@ -128,7 +132,7 @@ class BlipForPretraining(ContrastiveBlip):
                 *features, image_keys, text_keys, self.temp, eps=1e-4, offset=first, seed=seed,
                 step=step, image_ids=ids, key_ids=self.of_keys(ids),
             )  # fmt: skip
-        return Contrast(loss, negatives, self.across_ranks)
+        return Contrast(loss, negatives)
 
     def ground(self, around: Surroundings, part: range) -> tuple[Tensor, Tensor]:
         """ITM logits `(3b, 2)` and the LM loss of the `b` texts in `part`, in one pass of 3b

@@ -63,6 +63,10 @@ class BlipForRetrieval(ContrastiveBlip):
             FeatureQueue(queue_size, config.embed_dim, with_ids=True) if train_state else None
         )
 
+    @property
+    def draws_from_all_ranks(self) -> bool:
+        return self.negatives_from_all_ranks
+
     @keeping_copies()
     def forward(
         self,
@@ -115,7 +119,7 @@ class BlipForRetrieval(ContrastiveBlip):
                 *features, images, texts, self.temp, eps=0.0, image_ids=image_ids, key_ids=key_ids,
                 offset=first, seed=seed, step=step,
             )  # fmt: skip
-        return Contrast(loss, negatives, self.negatives_from_all_ranks)
+        return Contrast(loss, negatives)
 
     def ground(self, around: Surroundings, part: range) -> Tensor:
         """ITM logits `(3b, 2)` of the `b` texts in `part`."""

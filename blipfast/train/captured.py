@@ -2,8 +2,8 @@
 
 A bf16 step of ViT-B launches some 4,000 kernels, for which a host needs longer than the card takes
 to compute them; a graph is a single launch. Recorded are the forward and the backward pass, from a
-batch on the card to losses and gradients. The check that these are finite, clipping and the
-optimiser stay as they are.
+batch on the card to losses and gradients, with the collectives of ITC between. That the ranks'
+gradients are averaged, the check that they are finite, clipping and the optimiser come after it.
 
 A graph has fixed shapes, so texts get room: as many tokens as a multiple of 128, none longer than a
 multiple of 8. There is a graph for each room that batches need, which are few; its first batch is

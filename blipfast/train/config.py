@@ -69,7 +69,7 @@ class FitConfig:
     keep_checkpoints: int = described(3, "newest checkpoints kept")
     compile: bool = described(False, "run the model's blocks through torch.compile")
     cuda_graph: bool = described(
-        False, "pre-training and retrieval on one GPU: record a step as a CUDA graph and replay it"
+        False, "pre-training and retrieval on GPUs: record a step as a CUDA graph and replay it"
     )
     hang_timeout: float = described(
         900.0, "seconds without a step after which a rank writes down its stacks and ends"

@@ -83,8 +83,8 @@ def lay_out(model: nn.Module, config: FitConfig) -> Layout:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if world_size() == 1:
         return Layout(model, model, _nothing, [])
-    if config.micro_batch is not None:
-        _same_start(model)
+    if config.micro_batch is not None or config.cuda_graph:
+        _same_start(model)  # their backward passes go past DDP
         return Layout(model, model, _nothing, parameters)
     device = parameters[0].device
     ddp: Any = nn.parallel.DistributedDataParallel
@@ -107,9 +107,14 @@ def _check_graph(model: nn.Module, config: FitConfig) -> None:
     if excluded:
         raise ConfigError(f"fit.cuda_graph does not go with fit.{excluded[0]}")
     device = next(model.parameters()).device
-    if device.type != "cuda" or world_size() > 1:
-        where = f"{world_size()} ranks" if world_size() > 1 else f"a {device.type}"
-        raise ConfigError(f"fit.cuda_graph is for one GPU, this run is on {where}")
+    if device.type != "cuda":
+        raise ConfigError(f"fit.cuda_graph is for GPUs, this run is on a {device.type}")
+    if world_size() > 1 and isinstance(model, ContrastiveBlip) and model.draws_from_all_ranks:
+        raise ConfigError(
+            "fit.cuda_graph on several ranks needs negatives of the own rank, since the host waits "
+            "for others': set objective.across_ranks=false for pretrain, "
+            "objective.negatives_from_all_ranks=false for retrieval"
+        )
 
 
 def _shared_out(model: nn.Module, config: FitConfig) -> Layout:

@@ -36,7 +36,7 @@ def _batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _packed(model, embeds, ids, mask, negatives):
-    contrast = Contrast(torch.zeros(()), negatives, from_all_ranks=False)
+    contrast = Contrast(torch.zeros(()), negatives)
     text = PackedText.from_padded(ids, mask)
     around = model.surroundings(embeds, ids, mask, contrast, text)
     return model.ground(around, range(len(ids)))

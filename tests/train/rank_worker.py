@@ -18,11 +18,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from shards import tokenizer
-from toy import Toy, ToyOutput, toy_step
+from toy import Again, Toy, ToyOutput, toy_step
 
 from blipfast.errors import Preempted
 from blipfast.models.config import blip_config
 from blipfast.tasks.pretrain import BlipForPretraining
+from blipfast.train import parallel
 from blipfast.train.batches import ShardBatches
 from blipfast.train.config import DataConfig, FitConfig, ObjectiveConfig
 from blipfast.train.engine import fit
@@ -81,7 +82,7 @@ class Brightness(torch.nn.Module):
         return ToyOutput(error, 0 * error)
 
 
-def make_model(kind: str) -> torch.nn.Module:
+def make_model(kind: str, across_ranks: bool) -> torch.nn.Module:
     if kind == "shards":
         return Brightness()
     if kind == "toy":
@@ -89,7 +90,7 @@ def make_model(kind: str) -> torch.nn.Module:
         model.body[2].p = 0.0  # ranks draw differently
         return model
     torch.manual_seed(3)
-    model = BlipForPretraining(blip_config("blip_tiny"), queue_size=16)
+    model = BlipForPretraining(blip_config("blip_tiny"), queue_size=16, across_ranks=across_ranks)
     for module in model.modules():
         for name in ("dropout", "attention_dropout"):
             if hasattr(module, name):
@@ -102,8 +103,8 @@ def main(folder: Path, options: dict[str, Any]) -> int:
     kind, pause = options.pop("kind", "toy"), options.pop("pause", 0.0)
     hang = options.pop("hang", None)
     resume = options.pop("resume", True)
+    model = make_model(kind, options.pop("across_ranks", True))
     config = FitConfig(**options)
-    model = make_model(kind)
     plain = toy_step
     batches: Any = Batches(kind, pause)
     if kind == "shards":
@@ -119,6 +120,9 @@ def main(folder: Path, options: dict[str, Any]) -> int:
         plain = RECIPES["pretrain"].make_step(ObjectiveConfig(), config)
         if config.grad_checkpointing:
             model.checkpoint_gradients()
+        if config.cuda_graph:  # without a card, what it records is run anew
+            plain.make_graph = Again
+            parallel._check_graph = lambda *_: None
 
     def step(model: Any, batch: Any, number: int, epoch: float) -> Any:
         if hang == [rank(), number]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +23,9 @@ from blipfast.train.recipes import RECIPES, run_training
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_recipes import tiny
+from toy import Again
 
 SIZE, COUNT = 32, 4
-
-
-class Again:
-    """Replays by running; like a graph it does nothing while it records."""
-
-    def __init__(self) -> None:
-        self.did: list[str] = []
-
-    def warm_up(self, run: Callable[[], None]) -> None:
-        self.did.append("warm-up")
-        run()
-
-    def record(self, run: Callable[[], None]) -> None:
-        self.did.append("record")
-        self.run = run
-
-    def replay(self) -> None:
-        self.did.append("replay")
-        self.run()
 
 
 def model_of(task: str) -> Blip:
@@ -130,7 +111,7 @@ def test_an_empty_text_is_named() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("pretrain", [], "fit.cuda_graph is for one GPU, this run is on a cpu"),
+        ("pretrain", [], "fit.cuda_graph is for GPUs, this run is on a cpu"),
         ("pretrain", ["--fit.micro_batch", "2"], "does not go with fit.micro_batch"),
         ("pretrain", ["--fit.parallel", "fsdp"], "does not go with fit.parallel=fsdp"),
         ("retrieval_coco", ["--fit.grad_checkpointing", "true"], "fit.grad_checkpointing"),

@@ -103,6 +103,16 @@ def test_the_same_run_on_any_ranks(tmp_path, alone, ranks, options):
         assert max(apart) < 2e-4
 
 
+def test_recorded_steps_on_two_ranks(tmp_path):
+    """Collectives are part of what is recorded; gradients are averaged after it."""
+    apart = BLIP | {"across_ranks": False}
+    expected = run(tmp_path / "plain", 2, apart)
+    got = run(tmp_path / "recorded", 2, apart | {"cuda_graph": True})
+    assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-4)
+    for name, losses in expected["losses"].items():
+        assert got["losses"][name] == pytest.approx(losses, rel=2e-4)
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_resume_on_as_many_ranks_is_bitwise(tmp_path, parallel):
     options = BLIP | {"parallel": parallel}

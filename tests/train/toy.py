@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,3 +64,22 @@ def saved_weights(checkpoints: Path) -> dict[str, Tensor]:
     [shard] = max(checkpoints.glob("step-*")).glob("*.safetensors")
     tensors = load_file(shard).items()
     return {name.removeprefix("model."): t for name, t in tensors if name.startswith("model.")}
+
+
+class Again:
+    """Replays by running; like a graph it does nothing while it records."""
+
+    def __init__(self) -> None:
+        self.did: list[str] = []
+
+    def warm_up(self, run: Callable[[], None]) -> None:
+        self.did.append("warm-up")
+        run()
+
+    def record(self, run: Callable[[], None]) -> None:
+        self.did.append("record")
+        self.run = run
+
+    def replay(self) -> None:
+        self.did.append("replay")
+        self.run()
