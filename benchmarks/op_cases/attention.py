@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,23 +29,29 @@ from blipfast.ops import (
 
 
 def cross_attention_cases(s: Setting) -> list[Case]:
-    """MED's texts over image K/V: re-ranking, a pre-training batch, beams over a large image."""
-    sizes = [
+    """MED's texts over image K/V: re-ranking, a pre-training batch, beams over a large image; and
+    training's dropout."""
+    sizes: list[tuple[Any, ...]] = [
         ("64 texts, 1 image, 577 keys", 64, 1, 577),
         ("96 texts, 24 images, 197 keys", 96, 24, 197),
         ("12 texts, 4 images, 901 keys", 12, 4, 901),
+        ("96 texts, 24 images, 197 keys, dropout", 96, 24, 197, 0.1),
     ]
     if s.device.type == "cuda":
         sizes += [
             ("256 texts, 1 image, 577 keys", 256, 1, 577),
             ("360 texts, 90 images, 197 keys", 360, 90, 197),
+            ("360 texts, 90 images, 197 keys, dropout", 360, 90, 197, 0.1),
         ]
     if s.small:
         sizes = [("6 texts, 2 images, 19 keys", 6, 2, 19)]
+        sizes += [("6 texts, 2 images, 19 keys, dropout", 6, 2, 19, 0.1)]
     return [cross_case(s, *size) for size in sizes]
 
 
-def cross_case(s: Setting, label: str, texts: int, images: int, keys: int) -> Case:
+def cross_case(
+    s: Setting, label: str, texts: int, images: int, keys: int, dropout_p: float = 0.0
+) -> Case:
     heads, dim = _heads(s)
     packing = Packing.from_lengths(caption_lengths(texts), s.device).prepare()
     index = [i * images // texts for i in range(texts)]
@@ -57,7 +64,7 @@ def cross_case(s: Setting, label: str, texts: int, images: int, keys: int) -> Ca
     def padded_sdpa() -> Tensor:
         """K and V copied for each text, as code without an index does."""
         grid = packing.pad(q).transpose(1, 2)
-        out = F.scaled_dot_product_attention(grid, k[where], v[where])
+        out = F.scaled_dot_product_attention(grid, k[where], v[where], dropout_p=dropout_p)
         return packing.unpad(out.transpose(1, 2))
 
     leaves = (q, k, v)
@@ -65,14 +72,18 @@ def cross_case(s: Setting, label: str, texts: int, images: int, keys: int) -> Ca
     def run(code: str) -> Run:
         if code == BASELINE:
             return differentiated(padded_sdpa, leaves, weights)
-        return differentiated(lambda: cross_attention(q, k, v, plan, impl=code), leaves, weights)
+
+        def ours() -> Tensor:
+            return cross_attention(q, k, v, plan, dropout_p=dropout_p, impl=code)
+
+        return differentiated(ours, leaves, weights)
 
     others = all_differentiated(competitors.compiled(padded_sdpa, s.small), leaves, weights)
 
     # Forward reads q, k, v and writes out; backward reads them with out and its gradient again.
     moved = s.element * (7 * q.numel() + 6 * k.numel())
     name, flops = f"cross_attention, {label}", 14.0 * q.numel() * keys
-    return Case(name, run, moved, flops, others=others)
+    return Case(name, run, moved, flops, exact=dropout_p == 0, others=others)
 
 
 def _heads(s: Setting) -> tuple[int, int]:

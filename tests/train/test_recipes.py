@@ -109,9 +109,10 @@ def test_parts_of_a_batch_under_fsdp(name: str, tmp_path: Path) -> None:
     totals = []
     for parallel, size in (("ddp", "2"), ("fsdp", "2"), ("fsdp", "99")):
         options = ["--device", "cpu", "--fit.micro_batch", size, "--fit.parallel", parallel]
+        options += ["--fit.precision", "fp32"]  # bf16 rounds parts of another size otherwise
         totals.append(run_training(tiny(name, tmp_path / (parallel + size), *options)).total)
     assert totals[1] == pytest.approx(totals[0], rel=1e-5)
-    assert totals[2] == pytest.approx(totals[0], rel=1e-3)
+    assert totals[2] == pytest.approx(totals[0], rel=1e-5)
 
 
 def test_every_packaged_recipe_is_in_the_table():
