@@ -95,7 +95,10 @@ def test_decode(benchmark: Any, images: list[bytes], code: str) -> None:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory, images: list[bytes]) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
+    return write_shards(tmp_path_factory.mktemp("shards"), images)
+
+
+def write_shards(folder: Path, images: list[bytes]) -> Path:
     with ShardWriter(folder, max_count=64) as writer:
         for n, data in enumerate(images):
             text = (TextEntry("a photograph of nothing", "web"),)
