@@ -17,8 +17,7 @@ from blipfast.capfilt.models import caption_records, score_records
 from blipfast.capfilt.store import ImageRow, JudgedText, Unit, UnitStore
 from blipfast.checkpoints import load_model, model_hash
 from blipfast.data import BlipTokenizer, load_image, load_tokenizer
-from blipfast.data.augment import View
-from blipfast.data.images import normalise
+from blipfast.data.images import normalise, resize
 from blipfast.data.index import RecordReader, ShardIndex
 from blipfast.errors import ConfigError, DataError
 from blipfast.models.blip import Blip
@@ -56,9 +55,8 @@ def read_unit(
         try:
             record = reader.read(index, row)
             texts = [(entry.text, entry.source) for entry in record.texts]
-            image = load_image(record.image, record.key)
-            box = (0, 0, image.width, image.height)
-            return texts, [np.asarray(View(side, box).of(image)) for side in sides]
+            image = np.array(load_image(record.image, record.key))
+            return texts, [resize(image, side) for side in sides]
         except DataError as error:
             return texts, str(error)
 
