@@ -109,7 +109,12 @@ def _hard_negative_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]
 
 
 def _contrastive_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    from blipfast.kernels.contrastive import key_gradients, softmax_mean
+    from blipfast.kernels.contrastive import (
+        key_gradients,
+        loss_and_means,
+        query_gradients,
+        softmax_mean,
+    )
 
     sizes = ((90, 57690, 256),) if quick else ((90, 57690, 256), (1, 1, 64))
     for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
@@ -120,13 +125,18 @@ def _contrastive_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
             lse = _empty(2 * rows, dtype=torch.float32)
 
             def run(q: Any = q, k: Any = k, weight: Any = per_row, lse: Any = lse) -> None:
-                softmax_mean(q, q, _empty(dtype=torch.float32), [k])
-                key_gradients(q, q, _empty(), [k], lse, (weight,) * 3, None, None, 0)
+                t = _empty(dtype=torch.float32)
+                _, means = softmax_mean(q, q, t, [k])
+                _, *means_of_rows = loss_and_means(q, t, lse, means, q, None, t)
+                query_gradients(weight, q, t, *means_of_rows)
+                key_gradients(q, q, t, [k], lse, (weight,) * 3, None, None, 0)
 
             def with_ids(
                 q: Any = q, k: Any = k, weight: Any = per_row, lse: Any = lse, ids: Any = ids
             ) -> None:
-                key_gradients(q, None, _empty(), [k], lse, (weight,) * 3, *ids, 0)
+                t, means = _empty(dtype=torch.float32), _empty(*q.shape, dtype=torch.float32)
+                loss_and_means(q, t, lse, means, means, weight[:, None], None)
+                key_gradients(q, None, t, [k], lse, (weight,) * 3, *ids, 0)
 
             yield f"contrastive {_runtime.short(dtype)} B={rows} d={width}", run
             yield f"contrastive {_runtime.short(dtype)} B={rows} d={width} ids", with_ids

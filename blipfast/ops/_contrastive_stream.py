@@ -64,6 +64,39 @@ def online_softmax(rows: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, Tensor
     return (peak + total.log()).squeeze(1), mean.div_(total)
 
 
+def loss_and_means(
+    rows: Tensor,
+    lse: Tensor,
+    means: Tensor,
+    own: Tensor,
+    mass: Tensor | None,
+    alpha: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses `(B,)`, and mean keys under p and under the targets `(B, D)`.
+
+    rows: the queries over the temperature. own: `(B, D)` mean of each row's positives. mass:
+    `(B, 1)` what the positives' targets sum to; None for 1. alpha: the soft targets' weight, None
+    for no teacher.
+    """
+    size = len(rows)
+    target, mass = own.to(rows.dtype), rows.new_ones(size, 1) if mass is None else mass
+    if alpha is not None:
+        target = alpha * means[size:] + (1 - alpha) * target
+        mass = alpha + (1 - alpha) * mass
+    # A row whose id is nowhere among the keys has targets that sum to `mass` < 1.
+    loss = lse[:size] * mass.squeeze(1) - (rows * target).sum(1)
+    return loss, means[:size] * mass, target.clone()
+
+
+def query_gradients(
+    grad: Tensor, query: Tensor, temperature: Tensor, student: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the queries `(B, D)` and the temperature, from the losses' `(B,)`."""
+    scale = temperature.to(student.dtype)
+    d_query = (student - target).mul_(grad.unsqueeze(1)).div_(scale)
+    return d_query, -(query.to(student.dtype) * d_query).sum() / scale
+
+
 def mean_of_equal_ids(
     keys: Sequence[Tensor], query_ids: Tensor, key_ids: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -85,6 +118,8 @@ def key_range(keys: Sequence[Tensor], start: int, size: int) -> Tensor:
         if low < high:
             pieces.append(block.detach()[low:high])
         size, start = size - max(high - low, 0), max(start - len(block), 0)
+    if len(pieces) == 1:
+        return pieces[0]
     return torch.cat(pieces) if pieces else keys[0].detach()[:0]
 
 
@@ -96,9 +131,9 @@ def key_weights(
     key_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's `(B, 1)` weights of the student's softmax, the teacher's, and each positive."""
-    student, soft, hard = grad, grad * alpha, grad
+    student = soft = hard = grad
     if with_teacher:
-        hard = grad * (1 - alpha)
+        soft, hard = grad * alpha, grad * (1 - alpha)
     if query_ids is not None and key_ids is not None:
         count = torch.zeros_like(grad)
         for ids in key_ids.split(_columns(key_ids.device, len(grad))):

@@ -35,8 +35,10 @@ from blipfast.ops._contrastive_stream import (
     key_gradients,
     key_range,
     key_weights,
+    loss_and_means,
     mean_of_equal_ids,
     online_softmax,
+    query_gradients,
     scaled_rows,
 )
 from blipfast.ops._dispatch import Backends
@@ -219,24 +221,23 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss `(B,)`, log-sum-exps `(R,)`, mean keys under p and under the targets, both `(B, D)`."""
     with torch.autocast(query.device.type, enabled=False):
-        size = query.shape[0]
-        rows = scaled_rows(query, teacher_query, temperature)
-        if engine == "native":
-            lse, means = _native.native_online_softmax(query, teacher_query, temperature, keys)
-        elif engine == "triton":
-            lse, means = _kernels().softmax_mean(query, teacher_query, temperature, keys)
-        else:
-            lse, means = online_softmax(rows, keys)
+        size, mass = query.shape[0], None
         if query_ids is None or key_ids is None:
-            target, mass = key_range(keys, offset, size).to(rows.dtype), rows.new_ones(size, 1)
+            own = key_range(keys, offset, size)
         else:
-            target, mass = mean_of_equal_ids(keys, query_ids, key_ids, rows.dtype)
-        if teacher_query is not None:
-            target = alpha * means[size:] + (1 - alpha) * target
-            mass = alpha + (1 - alpha) * mass
-        # A row whose id is nowhere among the keys has targets that sum to `mass` < 1.
-        loss = lse[:size] * mass.squeeze(1) - (rows[:size] * target).sum(1)
-        return loss, lse, means[:size] * mass, target.clone()
+            own, mass = mean_of_equal_ids(keys, query_ids, key_ids, accumulator(query))
+        goal = (own, mass, None if teacher_query is None else alpha)
+        if engine == "triton":
+            lse, means = _kernels().softmax_mean(query, teacher_query, temperature, keys)
+            results = _kernels().loss_and_means(query, temperature, lse, means, *goal)
+        else:
+            rows = scaled_rows(query, teacher_query, temperature)
+            if engine == "native":
+                lse, means = _native.native_online_softmax(query, teacher_query, temperature, keys)
+            else:
+                lse, means = online_softmax(rows, keys)
+            results = loss_and_means(rows[:size], lse, means, *goal)
+        return results[0], lse, results[1], results[2]
 
 
 @_forward.register_fake
@@ -272,11 +273,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query `(B, D)`, temperature `()` and of the keys `(N, D)`, if any are given."""
     with torch.autocast(query.device.type, enabled=False):
-        dtype = mean_student.dtype
-        scale = temperature.to(dtype)
-        grad = grad.to(dtype).unsqueeze(1)
-        d_query = (mean_student - mean_target).mul_(grad).div_(scale)
-        d_temperature = -(query.to(dtype) * d_query).sum() / scale
+        grad = grad.to(mean_student.dtype)
+        of_queries = _kernels().query_gradients if engine == "triton" else query_gradients
+        d_query, d_temperature = of_queries(grad, query, temperature, mean_student, mean_target)
+        grad = grad.unsqueeze(1)
         d_keys = query.new_empty((sum(len(k) for k in keys), query.shape[1]), dtype=query.dtype)
         if keys and engine == "triton":
             weights = key_weights(grad, teacher_query is not None, alpha, query_ids, key_ids)

@@ -128,6 +128,73 @@ def merge(stats, partial, lse, mean, sizes, BLOCK_P: tl.constexpr, BLOCK_D: tl.c
 
 
 @triton.jit
+def losses(
+    query,
+    temperature,
+    lse,
+    mean,
+    own,
+    mass,
+    alpha,
+    loss,
+    student,
+    target,
+    strides,
+    sizes,
+    HAS_MASS: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One row: its loss, and the mean keys under p and under the targets, which make gradients."""
+    num_rows, width = sizes[0], sizes[1]
+    i = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    there = d < width
+    x = tl.load(query + i * strides[0] + d * strides[1], mask=there, other=0.0).to(tl.float32)
+    goal = tl.load(own + i * strides[2] + d * strides[3], mask=there, other=0.0).to(tl.float32)
+    part = 1.0
+    if HAS_MASS:
+        part = tl.load(mass + i).to(tl.float32)
+    if HAS_TEACHER:
+        a = tl.load(alpha).to(tl.float32)
+        soft = tl.load(mean + (num_rows + i) * width + d, mask=there, other=0.0)
+        goal = a * soft + (1.0 - a) * goal
+        part = a + (1.0 - a) * part
+    met = tl.load(mean + i * width + d, mask=there, other=0.0)
+    tl.store(student + i * width + d, met * part, mask=there)
+    tl.store(target + i * width + d, goal, mask=there)
+    # A row whose id is nowhere among the keys has targets that sum to less than 1.
+    met = tl.sum(x * goal, 0) / tl.load(temperature).to(tl.float32)
+    tl.store(loss + i, tl.load(lse + i) * part - met)
+
+
+@triton.jit
+def gradients_of_queries(
+    grad,
+    query,
+    temperature,
+    student,
+    target,
+    d_query,
+    d_temperature,
+    strides,
+    width,
+    BLOCK_D: tl.constexpr,
+):
+    """One row: the gradient of its query, and its part of the temperature's."""
+    i = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    there = d < width
+    t = tl.load(temperature).to(tl.float32)
+    x = tl.load(query + i * strides[1] + d * strides[2], mask=there, other=0.0).to(tl.float32)
+    apart = tl.load(student + i * width + d, mask=there, other=0.0)
+    apart -= tl.load(target + i * width + d, mask=there, other=0.0)
+    value = apart * tl.load(grad + i * strides[0]) / t
+    tl.store(d_query + i * width + d, value.to(d_query.dtype.element_ty), mask=there)
+    tl.store(d_temperature + i, -tl.sum(x * value, 0) / t)
+
+
+@triton.jit
 def gradients_of_keys(
     rows,
     keys,

@@ -66,6 +66,49 @@ def softmax_mean(
     return lse, mean
 
 
+def loss_and_means(
+    query: Tensor,
+    temperature: Tensor,
+    lse: Tensor,
+    means: Tensor,
+    own: Tensor,
+    mass: Tensor | None,
+    alpha: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses `(B,)`, and mean keys under p and under the targets `(B, D)`, all float32.
+
+    lse, means: from `softmax_mean`. own: `(B, D)` mean of each row's positives. mass: `(B, 1)` what
+    the positives' targets sum to; None for 1. alpha: the soft targets' weight, None for no teacher.
+    """
+    size, width = query.shape
+    loss = torch.empty_like(lse[:size])
+    student, target = (torch.empty_like(means[:size]) for _ in range(2))
+    args: list[Any] = [query, temperature, lse, means, own, mass, alpha, loss, student, target]
+    args += [(*query.stride(), *own.stride()), (size, width)]
+    meta = {"HAS_MASS": mass is not None, "HAS_TEACHER": alpha is not None}
+    launch(kernels.losses, (size,), args, **meta, **_by_row(width))
+    return loss, student, target
+
+
+def query_gradients(
+    grad: Tensor, query: Tensor, temperature: Tensor, student: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the queries `(B, D)`, in their dtype, and of the temperature, float32.
+
+    grad: `(B,)` float32, of the losses. student, target: from `loss_and_means`.
+    """
+    d_query = query.new_empty(query.shape)
+    parts = student.new_empty(len(query))
+    args: list[Any] = [grad, query, temperature, student, target, d_query, parts]
+    args += [(grad.stride(0), *query.stride()), query.shape[1]]
+    launch(kernels.gradients_of_queries, (len(query),), args, **_by_row(query.shape[1]))
+    return d_query, parts.sum()
+
+
+def _by_row(width: int) -> dict[str, int]:
+    return {"BLOCK_D": max(32, next_power_of_2(width)), "num_warps": 2, "num_stages": 1}
+
+
 def key_gradients(
     query: Tensor,
     teacher_query: Tensor | None,
@@ -112,8 +155,9 @@ def _common(
     blocks = [block.detach() for block in keys if len(block)]
     dtypes = {t.dtype for t in (*tensors, *blocks)}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    rows = torch.cat([t.detach().to(dtype) for t in tensors])
-    return rows, [block.to(dtype) for block in blocks]
+    rows = [t.detach().to(dtype) for t in tensors]
+    whole = rows[0] if teacher_query is None else torch.cat(rows)
+    return whole, [block.to(dtype) for block in blocks]
 
 
 def _meta(rows: Tensor) -> dict[str, object]:
