@@ -106,15 +106,15 @@ def _check_graph(model: nn.Module, config: FitConfig) -> None:
     excluded = [name for name, is_set in others.items() if is_set]
     if excluded:
         raise ConfigError(f"fit.cuda_graph does not go with fit.{excluded[0]}")
-    device = next(model.parameters()).device
-    if device.type != "cuda":
-        raise ConfigError(f"fit.cuda_graph is for GPUs, this run is on a {device.type}")
     if world_size() > 1 and isinstance(model, ContrastiveBlip) and model.draws_from_all_ranks:
         raise ConfigError(
             "fit.cuda_graph on several ranks needs negatives of the own rank, since the host waits "
             "for others': set objective.across_ranks=false for pretrain, "
             "objective.negatives_from_all_ranks=false for retrieval"
         )
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        raise ConfigError(f"fit.cuda_graph is for GPUs, this run is on a {device.type}")
 
 
 def _shared_out(model: nn.Module, config: FitConfig) -> Layout:

@@ -15,7 +15,7 @@ from blipfast.checkpoints.load import build
 from blipfast.errors import ConfigError, ShapeError
 from blipfast.models.blip import Blip
 from blipfast.models.config import blip_config
-from blipfast.train import captured
+from blipfast.train import captured, parallel
 from blipfast.train.captured import CapturedStep
 from blipfast.train.config import FitConfig, ObjectiveConfig
 from blipfast.train.engine import fit
@@ -106,6 +106,13 @@ def test_an_empty_text_is_named() -> None:
     batch = batches_of([[3, 4, 0, 2]])[0]
     with pytest.raises(ShapeError, match="text 2 of the batch has no tokens"):
         CapturedStep(lambda step: 0.4, 0, Again)(model_of("pretrain"), batch, 0, 0.0)
+
+
+@pytest.mark.parametrize("task", ["pretrain", "retrieval"])
+def test_ranks_keep_to_their_own_negatives(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    with pytest.raises(ConfigError, match=f"negatives of the own rank.*=false for {task}"):
+        parallel.lay_out(model_of(task), FitConfig(steps=1, cuda_graph=True))
 
 
 @pytest.mark.parametrize(
