@@ -89,9 +89,8 @@ def load_image(
                 image = ImageOps.exif_transpose(image)
     except Exception as error:  # decoders raise many kinds on damaged data
         raise DataError(f"{name}: truncated or damaged ({error})") from error
-    if image.mode == "RGB" and image is not source and "transparency" not in image.info:
-        return image  # nobody else has it
-    return _to_rgb(image, name)
+    rgb = _to_rgb(image, name)
+    return rgb.copy() if rgb is source else rgb
 
 
 def _read(path: str | os.PathLike[str], name: str) -> bytes:
@@ -128,7 +127,7 @@ def _open(data: bytes, name: str) -> Image.Image:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     mode = image.mode
     if mode == "RGB" and "transparency" not in image.info:
-        return image.copy() if type(image) is Image.Image else image.convert("RGB")
+        return image
     if mode == "I" or mode.startswith("I;16"):
         return _scale_16_bit(np.asarray(image), name)
     if mode == "F":

@@ -65,7 +65,8 @@ def online_softmax(rows: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, Tensor
 
 
 def loss_and_means(
-    rows: Tensor,
+    query: Tensor,
+    temperature: Tensor,
     lse: Tensor,
     means: Tensor,
     own: Tensor,
@@ -74,18 +75,19 @@ def loss_and_means(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses `(B,)`, and mean keys under p and under the targets `(B, D)`.
 
-    rows: the queries over the temperature. own: `(B, D)` mean of each row's positives. mass:
+    lse, means: of students, then teachers. own: `(B, D)` mean of each row's positives. mass:
     `(B, 1)` what the positives' targets sum to; None for 1. alpha: the soft targets' weight, None
     for no teacher.
     """
-    size = len(rows)
-    target, mass = own.to(rows.dtype), rows.new_ones(size, 1) if mass is None else mass
+    size, rows = len(query), scaled_rows(query, None, temperature)
+    target = own.to(rows.dtype, copy=True)  # no part of the keys
+    mass = rows.new_ones(size, 1) if mass is None else mass
     if alpha is not None:
         target = alpha * means[size:] + (1 - alpha) * target
         mass = alpha + (1 - alpha) * mass
     # A row whose id is nowhere among the keys has targets that sum to `mass` < 1.
     loss = lse[:size] * mass.squeeze(1) - (rows * target).sum(1)
-    return loss, means[:size] * mass, target.clone()
+    return loss, means[:size] * mass, target
 
 
 def query_gradients(

@@ -226,18 +226,16 @@ def _forward(
             own = key_range(keys, offset, size)
         else:
             own, mass = mean_of_equal_ids(keys, query_ids, key_ids, accumulator(query))
-        goal = (own, mass, None if teacher_query is None else alpha)
-        if engine == "triton":
+        if engine == "native":
+            lse, means = _native.native_online_softmax(query, teacher_query, temperature, keys)
+        elif engine == "triton":
             lse, means = _kernels().softmax_mean(query, teacher_query, temperature, keys)
-            results = _kernels().loss_and_means(query, temperature, lse, means, *goal)
         else:
-            rows = scaled_rows(query, teacher_query, temperature)
-            if engine == "native":
-                lse, means = _native.native_online_softmax(query, teacher_query, temperature, keys)
-            else:
-                lse, means = online_softmax(rows, keys)
-            results = loss_and_means(rows[:size], lse, means, *goal)
-        return results[0], lse, results[1], results[2]
+            lse, means = online_softmax(scaled_rows(query, teacher_query, temperature), keys)
+        weight = None if teacher_query is None else alpha
+        of_means = _kernels().loss_and_means if engine == "triton" else loss_and_means
+        loss, *goal = of_means(query, temperature, lse, means, own, mass, weight)
+        return loss, lse, *goal
 
 
 @_forward.register_fake

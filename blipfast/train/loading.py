@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any
@@ -77,19 +77,19 @@ def load_by_dali(
         except DataError as error:
             return error
 
-    def chunks() -> Iterator[list[tuple[Place, Any]]]:
+    def chunks() -> Iterator[tuple[list[Place], list[Any]]]:
         while chunk := list(itertools.islice(places, batch)):
-            yield [(place, pool.submit(try_read, place)) for place in chunk]
+            yield chunk, [pool.submit(try_read, place) for place in chunk]
 
     ahead = chunks()
     waiting = deque(itertools.islice(ahead, 2))
     before: Results = iter(())
     while waiting:
-        places_now, reads = zip(*waiting.popleft(), strict=True)
+        chunk, reads = waiting.popleft()
         started = _decoding([future.result() for future in reads], decoder)
         waiting += itertools.islice(ahead, 1)
         yield from before
-        before = _finished(places_now, started)
+        before = _finished(chunk, started)
     yield from before
 
 
@@ -104,7 +104,7 @@ def _decoding(
     ]
 
 
-def _finished(places: Sequence[Place], chunk: list[_Decoding | DataError]) -> Results:
+def _finished(places: list[Place], chunk: list[_Decoding | DataError]) -> Results:
     for place, got in zip(places, chunk, strict=True):
         if isinstance(got, DataError):
             yield place, got

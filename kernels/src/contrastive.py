@@ -75,11 +75,7 @@ def loss_and_means(
     mass: Tensor | None,
     alpha: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses `(B,)`, and mean keys under p and under the targets `(B, D)`, all float32.
-
-    lse, means: from `softmax_mean`. own: `(B, D)` mean of each row's positives. mass: `(B, 1)` what
-    the positives' targets sum to; None for 1. alpha: the soft targets' weight, None for no teacher.
-    """
+    """`loss_and_means` of `blipfast.ops._contrastive_stream` in one launch; results are float32."""
     size, width = query.shape
     loss = torch.empty_like(lse[:size])
     student, target = (torch.empty_like(means[:size]) for _ in range(2))
@@ -93,10 +89,7 @@ def loss_and_means(
 def query_gradients(
     grad: Tensor, query: Tensor, temperature: Tensor, student: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the queries `(B, D)`, in their dtype, and of the temperature, float32.
-
-    grad: `(B,)` float32, of the losses. student, target: from `loss_and_means`.
-    """
+    """`query_gradients` of that file in two launches; the queries' gradients have their dtype."""
     d_query = query.new_empty(query.shape)
     parts = student.new_empty(len(query))
     args: list[Any] = [grad, query, temperature, student, target, d_query, parts]
