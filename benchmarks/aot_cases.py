@@ -155,6 +155,39 @@ def _linear_cross_entropy_cases(quick: bool) -> Iterator[tuple[str, Callable[[],
             yield f"linear_cross_entropy {_runtime.short(dtype)}" + " losses" * (scale is None), run
 
 
+def _add_layer_norm_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    from blipfast.kernels.add_layer_norm import run_backward, run_forward
+
+    full, low = torch.float32, torch.bfloat16
+    # Of residual, branch and weights: autocast's ViT, its texts, bf16 or float32 throughout.
+    mixtures: list[tuple[Any, ...]] = [(low, low, full, 0.0), (full, low, full, 0.1)]
+    if not quick:
+        mixtures += [(low, None, full, 0.0), (full, None, full, 0.0), (full, full, full, 0.0)]
+        mixtures += [(low, low, low, 0.1), (torch.float16, torch.float16, full, 0.1)]
+    for width in (768,) if quick else (768, 2048, 4096):
+        for residual, branch, weights, dropout_p in mixtures:
+            x = _empty(4_870, width, dtype=residual)
+            added = None if branch is None else _empty(*x.shape, dtype=branch)
+            h = (
+                x
+                if added is None
+                else _empty(*x.shape, dtype=torch.promote_types(residual, branch))
+            )
+            weight, moments = _empty(width, dtype=weights), _empty(2, len(x), dtype=full)
+            seed = _empty(1, dtype=torch.int64) if dropout_p else None
+            forward = (x, added, weight, weight, seed, 1e-12, dropout_p)
+            backward = (weight, seed, moments, residual, branch, dropout_p)
+            of_branch = "" if branch is None else f" + {_runtime.short(branch)}"
+            case = f"add_layer_norm {_runtime.short(residual)}{of_branch} d={width}"
+
+            def run(forward: Any = forward, h: Any = h, backward: Any = backward) -> None:
+                run_forward(*forward)
+                run_backward(h, h, h, *backward)
+                run_backward(None, h, h, *backward)
+
+            yield case + " dropout" * bool(dropout_p), run
+
+
 CASES = [
     _cross_attention_cases,
     _rows_on_the_device_cases,
@@ -162,4 +195,5 @@ CASES = [
     _hard_negative_cases,
     _contrastive_cases,
     _linear_cross_entropy_cases,
+    _add_layer_norm_cases,
 ]

@@ -1,10 +1,10 @@
 """The 2022 formulation of a pre-training step, in plain PyTorch: the baseline to beat.
 
 It runs on the very modules of a `BlipForPretraining` as the original code computes: PyTorch's own
-linear layers, GELU and dropout, eager attention, captions padded to 30, the image's K/V projected
-again in each of the four passes, a copy of an image's tokens for each negative, both queues copied,
-logits over the whole vocabulary for padding too, a loop over all parameters for the momentum update
-and one synchronising draw per negative.
+linear layers, GELU, LayerNorm and dropout, eager attention, captions padded to 30, the image's K/V
+projected again in each of the four passes, a copy of an image's tokens for each negative, both
+queues copied, logits over the whole vocabulary for padding too, a loop over all parameters for the
+momentum update and one synchronising draw per negative.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def draw_negatives(sim_i2t: Tensor, sim_t2i: Tensor) -> Negatives:
     return Negatives(torch.tensor(images, device=device), torch.tensor(texts, device=device))
 
 
-@use_backend(linear="torch", feed_forward="torch", dropout="torch")
+@use_backend(linear="torch", feed_forward="torch", dropout="torch", add_layer_norm="torch")
 def pretrain_losses(
     model: BlipForPretraining,
     pixel_values: Tensor,

@@ -258,6 +258,37 @@ def linear_ce() -> str:
     return c.svg()
 
 
+def add_layer_norm() -> str:
+    c = Canvas(760, 250, "Dropout, residual and LayerNorm in one pass")
+    c.box(20, 40, 130, 40, "residual row", BLUE)
+    c.box(20, 100, 130, 40, "branch row", GREEN)
+    c.box(20, 170, 130, 40, "Philox(seed,\nrow, column)", GREY, 12)
+    c.arrow(85, 168, 85, 144)
+    c.arrow(152, 60, 216, 80)
+    c.arrow(152, 120, 216, 100)
+    c.box(220, 60, 140, 60, "h = residual\n+ dropout(branch)", ORANGE)
+    c.arrow(362, 90, 416, 90)
+    c.box(420, 60, 140, 60, "mean, 1 / std\nin registers", GREY)
+    c.arrow(562, 76, 616, 66)
+    c.arrow(562, 104, 616, 116)
+    c.box(620, 40, 120, 40, "h, rounded", ORANGE)
+    c.box(620, 100, 120, 40, "LayerNorm(h)", BLUE)
+    c.note(
+        220,
+        164,
+        "Forward: two rows are read, two written, once each. Backward: h and the\n"
+        "gradients of both are read once; the mask is drawn again, and the gradients\n"
+        "of weight and bias are partial sums of each program: no atomics.",
+    )
+    c.note(
+        20,
+        238,
+        "Under autocast the layers' casts to float32 and back, and the float32 copy kept for the "
+        "backward, are gone.",
+    )
+    return c.svg()
+
+
 def capfilt() -> str:
     c = Canvas(760, 240, "CapFilt")
     c.box(20, 60, 120, 60, "web pairs\n(image, text)", GREY)
@@ -291,5 +322,6 @@ PICTURES: dict[str, Callable[[], str]] = {
     "contrastive": contrastive,
     "hard-negatives": hard_negatives,
     "linear-ce": linear_ce,
+    "add-layer-norm": add_layer_norm,
     "capfilt": capfilt,
 }

@@ -12,13 +12,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from benchmarks.op_cases import attention, training
+from benchmarks.op_cases import attention, layers, training
 from benchmarks.op_cases.case import Case, Setting, assert_same
 from blipfast.ops._dispatch import tables
 
 __all__ = ["CASES", "SWEEPS", "Case", "Setting", "Sweep", "assert_same", "codes_of"]
 
 CASES: dict[str, Callable[[Setting], list[Case]]] = {
+    "add_layer_norm": layers.add_layer_norm_cases,
     "contrastive_softmax": training.contrastive_cases,
     "cross_attention": attention.cross_attention_cases,
     "dense_attention": attention.dense_attention_cases,
@@ -66,6 +67,7 @@ def _batch(s: Setting, rows: int) -> Case:
 
 
 SWEEPS: dict[str, Sweep] = {
+    "add_layer_norm": Sweep("rows", (64, 512, 4_096, 17_730), (3, 9), layers.add_layer_norm_case),
     "contrastive_softmax": Sweep(
         "keys of the queue", (1_000, 4_000, 16_000, 57_690, 230_000), (40, 90), _contrast
     ),

@@ -22,6 +22,7 @@ from blipfast.models.streams import CrossStates, KeyValue, TextStream, cross_mod
 from blipfast.ops.absorbed_attention import absorbed_cross_attention, absorbs
 from blipfast.ops.attention import CrossPlan, cross_attention, varlen_attention
 from blipfast.ops.autocast_copies import cast_together
+from blipfast.ops.layer_norm import LayerNorm
 from blipfast.ops.linear_layers import Linear, feed_forward
 from blipfast.ops.packing import Packing, SharedPrefixes
 from blipfast.ops.seeded_dropout import dropout
@@ -48,13 +49,13 @@ class Residual(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.dense = Linear(in_features, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.close(self.dense(x), residual)
 
     def close(self, projected: Tensor, residual: Tensor) -> Tensor:
-        return self.norm(dropout(projected, self.dropout, self.training) + residual)
+        return self.norm.add(residual, projected, self.dropout)[1]
 
 
 class SelfAttention(nn.Module):
@@ -154,7 +155,7 @@ class PairedCrossAttention(nn.Module):
         self.dense = nn.ModuleList(Linear(width, width) for _ in range(2))
         self.merge = Linear(2 * width, width) if merge else None
         self.dropout = config.dropout
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.norm = LayerNorm(width, eps=config.layer_norm_eps)
 
     def project(self, embeds: Sequence[Tensor]) -> tuple[KeyValue, ...]:
         pairs = zip(self.attentions, embeds, strict=True)
@@ -176,7 +177,7 @@ class PairedCrossAttention(nn.Module):
             merged = (first + second) / 2
         else:
             merged = self.merge(torch.cat([first, second], dim=-1))
-        return self.norm(dropout(merged, self.dropout, self.training) + hidden)
+        return self.norm.add(hidden, merged, self.dropout)[1]
 
 
 class FeedForward(nn.Module):
@@ -206,7 +207,7 @@ class LMHead(nn.Module):
     def __init__(self, config: TextConfig, word: nn.Embedding) -> None:
         super().__init__()
         self.dense = Linear(config.hidden_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.decoder = Linear(config.hidden_size, config.vocab_size)
         self.decoder.weight = word.weight
 

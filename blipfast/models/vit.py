@@ -17,6 +17,7 @@ from blipfast.errors import ShapeError
 from blipfast.models.config import VisionConfig
 from blipfast.ops.autocast_copies import cast_together
 from blipfast.ops.dense import dense_attention, dense_self_attention
+from blipfast.ops.layer_norm import LayerNorm
 from blipfast.ops.linear_layers import Linear, feed_forward, linear
 
 
@@ -55,9 +56,9 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = Mlp(config)
 
     def forward(self, x: Tensor, first_only: bool = False, keep: Tensor | None = None) -> Tensor:
@@ -65,9 +66,10 @@ class Block(nn.Module):
         keep = keep if self.training else None
         held = cast_together(self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
         attn = self.attn.first_token if first_only else self.attn
-        branch = attn(self.norm1(x))
-        x = (x[:, :1] if first_only else x) + _drop_path(branch, keep)
-        x = x + _drop_path(self.mlp(self.norm2(x)), keep)
+        x, normed = self.norm1.add(x, None)
+        branch = _drop_path(attn(normed), keep)
+        x, normed = self.norm2.add(x[:, :1] if first_only else x, branch)
+        x = x + _drop_path(self.mlp(normed), keep)
         del held
         return x
 
@@ -126,7 +128,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, config.hidden_size))
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(_init_weights)

@@ -30,6 +30,7 @@ _OPERATORS = (
     "contrastive",
     "dense",
     "hard_negatives",
+    "layer_norm",
     "linear_ce",
     "linear_layers",
     "momentum_update",

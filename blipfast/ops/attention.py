@@ -21,6 +21,7 @@ from blipfast.ops import _native, _native_attention, _triton, _varlen_libraries
 from blipfast.ops._dispatch import Backends
 from blipfast.ops.dense import dense_attention, dense_self_attention
 from blipfast.ops.packing import Packing, gather_rows, host_made, lazy, scatter_rows
+from blipfast.ops.seeded_dropout import new_seed
 
 varlen_backends = Backends("varlen_attention")
 cross_backends = Backends("cross_attention")
@@ -95,13 +96,9 @@ def _varlen_triton(qkv: Tensor, packing: Packing, causal: bool, dropout_p: float
         packing.max_seqlen,
         causal=causal,
         dropout_p=dropout_p,
-        seed=_seed(qkv) if dropout_p > 0 else None,
+        seed=new_seed(qkv.device) if dropout_p > 0 else None,
     )
     return out
-
-
-def _seed(tensor: Tensor) -> Tensor:
-    return torch.randint(2**62, (1,), device=tensor.device)
 
 
 def _not_triton(why_not: Callable[[Tensor], str | None]) -> Callable[[Tensor], str | None]:
@@ -286,7 +283,7 @@ def _cross_triton(q: Tensor, k: Tensor, v: Tensor, plan: CrossPlan, dropout_p: f
     """Rows that share a set share a tile; dropout draws its seed from the device's generator."""
     from blipfast.kernels.cross_attention import cross_attention as kernel
 
-    seed = _seed(q) if dropout_p > 0 else None
+    seed = new_seed(q.device) if dropout_p > 0 else None
     rows = plan.grouped
     out: Tensor = kernel(
         *(q, k, v, rows.cu_seqlens, rows.max_seqlen),

@@ -19,6 +19,11 @@ from blipfast.ops._dispatch import Backends
 backends = Backends("dropout")
 
 
+def new_seed(device: torch.device) -> Tensor:
+    """`(1,)` int64 from the device's generator, for a kernel that draws by itself."""
+    return torch.randint(2**62, (1,), device=device)
+
+
 def dropout(x: Tensor, p: float, training: bool = True, *, impl: str = "auto") -> Tensor:
     """`F.dropout`: elements are zero with probability `p` (on a CPU to the next 65,536th), the
     others scaled up so that the mean stays. To be differentiated once."""

@@ -23,6 +23,7 @@ from blipfast.ops import _triton
 from blipfast.ops.attention import CrossPlan, cross_attention
 from blipfast.ops.contrastive import contrastive_softmax
 from blipfast.ops.hard_negatives import sample_hard_negatives
+from blipfast.ops.layer_norm import add_layer_norm
 from blipfast.ops.linear_ce import linear_cross_entropy
 from blipfast.ops.packing import Packing
 
@@ -125,6 +126,14 @@ def jobs(device: torch.device, dtype: torch.dtype, impl: str, small: bool) -> It
         lambda x, w, b: linear_cross_entropy(x, w, b, labels, label_smoothing=0.1, impl=impl),
         [randn(tokens, width), randn(vocabulary, width), randn(vocabulary)],
     )
+    # Images without dropout, texts with it.
+    for rows, dropout_p in ((90 * 197, 0.0), (4_870, 0.1)) if not small else ((5, 0.0), (5, 0.1)):
+        yield _both(
+            lambda x, y, w, b, p=dropout_p: torch.stack(
+                add_layer_norm(x, y, w, b, dropout_p=p, impl=impl)
+            ),
+            [randn(rows, width), randn(rows, width), randn(width), randn(width)],
+        )
 
 
 def _both(outputs: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Run:

@@ -34,15 +34,20 @@ def first_output(
     function: type[torch.autograd.Function],
     arguments: tuple[Any, ...],
 ) -> Tensor:
-    """`operator(*arguments)[0]`, by `function` where nobody traces, counts or wraps what is called.
+    """`operator(*arguments)[0]`, by `function`, the same kernels as they are, unless `watched`."""
+    if watched(arguments[0]):
+        return operator(*arguments)[0]
+    return function.apply(*arguments)  # type: ignore[no-any-return]
 
-    function: the same kernels as they are. Through PyTorch's dispatcher a custom operator takes the
+
+def watched(tensor: Tensor) -> bool:
+    """Whether somebody traces, counts or wraps what is called, and must see an operator.
+
+    Else a plain `autograd.Function` does: through PyTorch's dispatcher a custom operator takes the
     host twice as long.
     """
-    plain = type(arguments[0]) in (Tensor, Parameter)
-    if plain and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode():
-        return function.apply(*arguments)  # type: ignore[no-any-return]
-    return operator(*arguments)[0]
+    plain = type(tensor) in (Tensor, Parameter)
+    return not plain or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def short(dtype: torch.dtype) -> str:

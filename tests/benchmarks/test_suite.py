@@ -172,6 +172,7 @@ def test_every_kernel_runs_through_its_operator_in_the_interpreter(tmp_path: Pat
     rows = json.loads(found.read_text())["rows"]
     by_code = {code: {r["group"] for r in rows if r["code"] == code} for code in codes(rows)}
     assert {group.split(",")[0] for group in by_code["triton_interpreter"]} == {
+        "add_layer_norm",
         "contrastive_softmax",
         "cross_attention",
         "linear_cross_entropy",

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from blipfast.ops import (
     CrossPlan,
+    LayerNorm,
     Packing,
+    add_layer_norm,
     contrastive_softmax,
     cross_attention,
     dense_attention,
@@ -77,6 +79,10 @@ def test_nothing_waits_for_the_card(dtype: torch.dtype) -> None:
         both_ways(lambda x, y: linear_cross_entropy(x, y, None, labels), hidden, weight)
         momentum_update_(targets, sources, 0.9)
         both_ways(lambda x: dropout(x, 0.1), qkv)
+        for p in (0.0, 0.1):
+            both_ways(
+                lambda *x, p=p: add_layer_norm(*x, dropout_p=p)[1], q, q, k[0, 0, 0], k[0, 0, 1]
+            )
 
     ids = torch.arange(700, device=DEVICE) % 50
     all_of_them()  # compiles
@@ -136,14 +142,33 @@ def test_the_same_bits_in_every_run() -> None:
     qkv = torch.randn(packing.total, 3, 12, 64, device=DEVICE, dtype=torch.bfloat16)
     query, keys = unit(90, 256), unit(20_000, 256)
     t = torch.tensor(0.07, device=DEVICE)
+    weights = torch.randn(2, 64, device=DEVICE)
+    norm = lambda *x: torch.stack(add_layer_norm(*x))  # noqa: E731
     first = both_ways(lambda *x: cross_attention(*x, plan), q, k, v)
     first += both_ways(lambda *x: contrastive_softmax(*x, t), query, keys)
     first += both_ways(lambda x: varlen_attention(x, packing), qkv)
+    first += both_ways(norm, q, q, *weights)
     for _ in range(5):
         again = both_ways(lambda *x: cross_attention(*x, plan), q, k, v)
         again += both_ways(lambda *x: contrastive_softmax(*x, t), query, keys)
         again += both_ways(lambda x: varlen_attention(x, packing), qkv)
+        again += both_ways(norm, q, q, *weights)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16], ids=str)
+def test_layer_norm_under_autocast(residual: torch.dtype) -> None:
+    """The residual's dtype comes out, and what goes into a layer is what autocast would give it."""
+    norm, plain = LayerNorm(768).to(DEVICE), torch.nn.LayerNorm(768).to(DEVICE)
+    x, y = torch.randn(2, 197, 768, device=DEVICE).to(residual), torch.randn(2, 197, 768).to(DEVICE)
+    with torch.autocast("cuda", torch.bfloat16):
+        h, normed = norm.add(x, y.bfloat16())
+        expected = plain(x + y.bfloat16())
+    assert h.dtype == normed.dtype == residual
+    assert torch.equal(h, x + y.bfloat16())
+    torch.testing.assert_close(
+        normed.float(), expected, atol=2e-6 + 2e-2 * (residual != torch.float32), rtol=1e-2
+    )
 
 
 def test_draws_are_those_of_a_cpu() -> None:

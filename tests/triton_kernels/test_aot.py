@@ -54,6 +54,18 @@ def test_one_draw_of_dropout_serves_four_weights(card: str) -> None:
     assert 32 / 4 - 2 <= draws <= 32 / 4 + 1
 
 
+@pytest.mark.parametrize("card", ["80", "90", "100"])
+def test_one_draw_of_dropout_serves_four_elements(card: str) -> None:
+    """Of neighbours in a row: a thread has 16 of a tile of 2 x 1024."""
+    result = compile_for(card, "--quick", "--only", "add_layer_norm")
+    products = {
+        "dropout" in row["case"]: row["wide_products"]
+        for row in json.loads(result.stdout)
+        if row["kernel"] == "normalize" and row["config"].startswith("r=2 d=1024 warps=4")
+    }
+    assert 3 * 9 < products[True] - products[False] <= 4 * 14
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("card", CARDS)
 def test_every_configuration(card: str) -> None:

@@ -1,0 +1,52 @@
+"""What closes the sublayers of a transformer."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import competitors
+from benchmarks.op_cases.case import (
+    BASELINE,
+    Case,
+    Run,
+    Setting,
+    all_differentiated,
+    differentiated,
+)
+from blipfast.ops import add_layer_norm
+
+
+def add_layer_norm_cases(s: Setting) -> list[Case]:
+    """A ViT's images, without dropout, and a batch's texts, with it; each of 8 and of 90 pairs."""
+    images, texts = (8 * 197, 440) if s.device.type == "cpu" else (90 * 197, 4_870)
+    if s.small:
+        images, texts = 9, 5
+    return [add_layer_norm_case(s, images), add_layer_norm_case(s, texts, 0.1)]
+
+
+def add_layer_norm_case(s: Setting, rows: int, dropout_p: float = 0.0) -> Case:
+    width = 32 if s.small else 768
+    residual, branch = (s.randn(rows, width, grad=True) for _ in range(2))
+    weight, bias = (s.randn(width, grad=True) for _ in range(2))
+    leaves = (residual, branch, weight, bias)
+    grad = s.randn(rows, width)
+
+    def eager() -> Tensor:
+        return F.layer_norm(residual + F.dropout(branch, dropout_p), (width,), weight, bias)
+
+    def run(code: str) -> Run:
+        if code == BASELINE:
+            return differentiated(eager, leaves, grad)
+
+        def ours() -> Tensor:
+            return add_layer_norm(*leaves, dropout_p=dropout_p, impl=code)[1]
+
+        return differentiated(ours, leaves, grad)
+
+    others = all_differentiated(competitors.compiled(eager, s.small), leaves, grad)
+    # Forward reads both inputs, writes sum and norm; backward reads the sum and a gradient.
+    moved = s.element * (7 + (dropout_p > 0)) * residual.numel()
+    name = f"add_layer_norm, {rows} x {width}" + ", dropout" * (dropout_p > 0)
+    flops = 20.0 * residual.numel()
+    return Case(name, run, moved, flops, exact=dropout_p == 0, others=others)
