@@ -26,6 +26,7 @@ from blipfast.ops.layer_norm import LayerNorm
 from blipfast.ops.linear_layers import Linear, feed_forward
 from blipfast.ops.packing import Packing, SharedPrefixes
 from blipfast.ops.seeded_dropout import dropout
+from blipfast.ops.split_heads import split_heads
 
 
 class Embeddings(nn.Module):
@@ -103,7 +104,7 @@ class _ImageAttention(nn.Module):
     def project(self, embeds: Tensor) -> KeyValue:
         """`(B, S, cross_width)` to K and V."""
         kv = self.key_value(embeds).unflatten(-1, (2, self.num_heads, -1))
-        k, v = kv.permute(2, 0, 3, 1, 4)
+        k, v = split_heads(kv)
         return k, v
 
     def forward(

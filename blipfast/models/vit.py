@@ -19,6 +19,7 @@ from blipfast.ops.autocast_copies import cast_together
 from blipfast.ops.dense import dense_attention, dense_self_attention
 from blipfast.ops.layer_norm import LayerNorm
 from blipfast.ops.linear_layers import Linear, feed_forward, linear
+from blipfast.ops.split_heads import split_heads
 
 
 class Attention(nn.Module):
@@ -38,7 +39,7 @@ class Attention(nn.Module):
         weight, bias = self.qkv.weight, self.qkv.bias
         q = linear(x[:, :1], weight[:width], bias[:width]).unflatten(-1, (self.num_heads, -1))
         kv = linear(x, weight[width:], bias[width:]).unflatten(-1, (2, self.num_heads, -1))
-        k, v = kv.permute(2, 0, 3, 1, 4)
+        k, v = split_heads(kv)
         return self.proj(dense_attention(q.transpose(1, 2), k, v).transpose(1, 2).flatten(2))
 
 

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from blipfast.ops import _native
 from blipfast.ops._products import bf16_products
+from blipfast.ops.split_heads import empty_parts
 
 
 def why_not(q: Tensor) -> str | None:
@@ -117,7 +118,8 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, lse = ctx.saved_tensors
-        grads = grad_q, grad_k, grad_v = tuple(torch.empty_like(x) for x in (q, k, v))
+        grad_q, (grad_k, grad_v) = torch.empty_like(q), empty_parts(k, 2)
+        grads = grad_q, grad_k, grad_v
         if q.dim() == 3:
             q, grad, grad_q = _heads(q), _heads(grad), _heads(grad_q)
         _differentiate(grad, (q, k, v, lse), ctx.options, (grad_q, grad_k, grad_v))

@@ -20,6 +20,7 @@ from blipfast.ops import _native, _native_attention
 from blipfast.ops._dispatch import Backends
 from blipfast.ops._products import bf16_products
 from blipfast.ops.seeded_dropout import dropout
+from blipfast.ops.split_heads import split_heads
 
 backends = Backends("dense_attention")
 
@@ -73,10 +74,10 @@ def dense_self_attention(
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ShapeError(f"qkv must be (B, L, 3, H, head_dim), got {tuple(qkv.shape)}")
-    heads = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, L, head_dim)
-    if torch.compiler.is_compiling() or backends.choose(heads[0], impl)[0] != "native":
+    probe = qkv[:, :, 0].transpose(1, 2)
+    if torch.compiler.is_compiling() or backends.choose(probe, impl)[0] != "native":
         options = {"key_lengths": key_lengths, "dropout_p": dropout_p, "is_causal": is_causal}
-        return dense_attention(*heads, **options, impl=impl).transpose(1, 2)  # type: ignore[arg-type]
+        return dense_attention(*split_heads(qkv), **options, impl=impl).transpose(1, 2)  # type: ignore[arg-type]
     return _native_attention.self_attention(
         qkv, _native_attention.Options(key_lengths, is_causal=is_causal, dropout_p=dropout_p)
     )

@@ -107,10 +107,21 @@ def run_backward(
     seed: Tensor | None,
     max_rows: int,
     dropout_p: float,
+    *,
+    together: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q `(T, H, head_dim)`, k and v `(B, H, S, head_dim)`."""
+    """Gradients of q `(T, H, head_dim)`, k and v `(B, H, S, head_dim)`.
+
+    together: those of k and v are parts of one `(B, S, 2, H, head_dim)`, as the gradient of a
+    projection to both lies.
+    """
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    gradients = dq, torch.empty_like(k), torch.empty_like(v)
+    if together:
+        sets, heads, keys, dim = k.shape
+        dk, dv = k.new_empty((sets, keys, 2, heads, dim)).permute(2, 0, 3, 1, 4)
+    else:
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+    gradients = dq, dk, dv
     look = Look(cu_rows, order, kv_lengths, seed, max_rows, dropout_p)
     backward(grad, (q, k, v), out, lse, gradients, look)
     return gradients
@@ -159,5 +170,6 @@ class _Unwatched(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = run_backward(grad, *ctx.saved_tensors, ctx.max_rows, ctx.dropout_p)
+        options = (ctx.max_rows, ctx.dropout_p)
+        gradients = run_backward(grad, *ctx.saved_tensors, *options, together=True)
         return (*gradients, *[None] * 6)
