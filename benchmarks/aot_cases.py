@@ -188,6 +188,20 @@ def _add_layer_norm_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]
             yield case + " dropout" * bool(dropout_p), run
 
 
+def _bias_gelu_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    from blipfast.kernels.bias_gelu import bias_gelu_out, gelu_backward_
+
+    dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32)
+    for dtype in dtypes:
+        x = _empty(17_730, 3072, dtype=dtype)
+
+        def run(x: Any = x) -> None:
+            bias_gelu_out(x, x[0], x)
+            gelu_backward_(x, x, x[0])
+
+        yield f"bias_gelu {_runtime.short(dtype)}", run
+
+
 CASES = [
     _cross_attention_cases,
     _rows_on_the_device_cases,
@@ -196,4 +210,5 @@ CASES = [
     _contrastive_cases,
     _linear_cross_entropy_cases,
     _add_layer_norm_cases,
+    _bias_gelu_cases,
 ]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from blipfast.ops import _native
+from blipfast.ops._bias_gelu import bias_gelu, gelu_backward_
 from blipfast.ops._dispatch import Backends
 from blipfast.ops._products import by_onednn, onednn_takes, parameter_gradients, product
 from blipfast.ops.autocast_copies import autocast_copy, casts_together, copy_in_use
@@ -86,7 +86,7 @@ def _feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> 
     elif _fuses_gelu(x, w1):
         hidden = by_onednn(x, w1, b1, gelu=True)
     else:
-        hidden = _bias_gelu(_linear(x, w1, None), b1, in_place=True)
+        hidden = bias_gelu(_linear(x, w1, None), b1, in_place=True)
     return _linear(hidden, w2, b2)
 
 
@@ -154,7 +154,7 @@ class _FeedForward(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         projected = product(x, w1)
         ctx.save_for_backward(x, projected, w1, b1, w2)
-        return product(_bias_gelu(projected, b1), w2, b2)
+        return product(bias_gelu(projected, b1), w2, b2)
 
     @staticmethod
     @once_differentiable
@@ -163,30 +163,9 @@ class _FeedForward(torch.autograd.Function):
         need_x, need_w1, _, need_w2, need_b2 = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
         grad_projected = product(rows, w2.t())
-        hidden, grad_b1 = _gelu_backward_(grad_projected, projected.flatten(0, -2), b1)
+        hidden, grad_b1 = gelu_backward_(grad_projected, projected.flatten(0, -2), b1)
         grad_w2, grad_b2 = parameter_gradients(rows, hidden, need_w2, need_b2)
         del hidden
         grad_x = product(grad_projected, w1.t()).view_as(x) if need_x else None
         grad_w1, _ = parameter_gradients(grad_projected, x.flatten(0, -2), need_w1, False)
         return grad_x, grad_w1, grad_b1, grad_w2, grad_b2
-
-
-def _bias_gelu(x: Tensor, bias: Tensor, *, in_place: bool = False) -> Tensor:
-    """`gelu(x + bias)`; in place where nothing else needs x: fresh memory for the widest activation
-    costs page faults."""
-    bias = bias.to(x.dtype)
-    if _native.why_not(x) is None and x.is_contiguous():
-        out = x if in_place else torch.empty_like(x)
-        rows = (t.view(-1, t.shape[-1]) for t in (x, out))
-        torch.ops.blipfast_native.bias_gelu_out(next(rows), bias, next(rows))
-        return out
-    return torch.ops.aten.gelu_(x.add_(bias) if in_place else x + bias)
-
-
-def _gelu_backward_(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns `gelu(x + bias)` and the bias's gradient; `grad (R, C)` becomes x's in place."""
-    if _native.why_not(grad) is None:
-        return torch.ops.blipfast_native.gelu_backward_(grad, x, bias)
-    biased = x + bias
-    grad.copy_(torch.ops.aten.gelu_backward(grad, biased))
-    return torch.ops.aten.gelu_(biased), grad.sum(0)

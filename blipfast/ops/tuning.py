@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from blipfast.errors import BackendError
 from blipfast.ops import _triton
@@ -25,6 +25,7 @@ from blipfast.ops.contrastive import contrastive_softmax
 from blipfast.ops.hard_negatives import sample_hard_negatives
 from blipfast.ops.layer_norm import add_layer_norm
 from blipfast.ops.linear_ce import linear_cross_entropy
+from blipfast.ops.linear_layers import feed_forward
 from blipfast.ops.packing import Packing
 
 Run = Callable[[], Any]
@@ -134,6 +135,10 @@ def jobs(device: torch.device, dtype: torch.dtype, impl: str, small: bool) -> It
             ),
             [randn(rows, width), randn(rows, width), randn(width), randn(width)],
         )
+    if impl == "triton":  # bias and GELU are no operator by themselves, which tests could name
+        first, second = (nn.Linear(*n) for n in ((width, 4 * width), (4 * width, width)))
+        layers = [layer.to(device, dtype) for layer in (first, second)]
+        yield _both(lambda x: feed_forward(x, *layers), [randn(90 * 197, width)])
 
 
 def _both(outputs: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Run:

@@ -64,7 +64,7 @@ def normalize(
 
 
 @triton.jit
-def backward(
+def normalize_backward(
     grad_normed,
     grad_summed,
     summed,

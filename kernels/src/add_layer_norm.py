@@ -127,7 +127,7 @@ def run_backward(
     strides = (grad.stride(0), 0 if elsewhere is None else elsewhere.stride(0), rows.stride(0))
     args: list[Any] = [grad, elsewhere, rows, weight, seed, moments, grad_residual, grad_branch]
     launch(
-        kernels.backward,
+        kernels.normalize_backward,
         (programs,),
         [*args, partial, strides, *rows.shape, dropout_p],
         HAS_GRAD_SUMMED=elsewhere is not None,

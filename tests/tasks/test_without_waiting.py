@@ -85,7 +85,7 @@ def test_nothing_is_read_from_the_device(task: str, monkeypatch: pytest.MonkeyPa
         out.loss.backward()
     assert all(p.grad is not None for p in model.encoder.parameters())
     assert attention.cross_backends.choose(out.itm_logits, "auto")[0] == "triton"
-    assert sum(map(len, launches.values())) < 450
+    assert sum(map(len, launches.values())) < 550
     # A table of the tiles that there can be, not as many for each image as all texts might need.
     assert len(launches["forward"]) > 40
     assert max(launches["forward"]) < 2_000
