@@ -18,6 +18,7 @@ from blipfast.ops import (
     contrastive_softmax,
     cross_attention,
     dense_attention,
+    feed_forward,
     linear_cross_entropy,
     momentum_update_,
     sample_hard_negatives,
@@ -79,12 +80,14 @@ def test_nothing_waits_for_the_card(dtype: torch.dtype) -> None:
         both_ways(lambda x, y: linear_cross_entropy(x, y, None, labels), hidden, weight)
         momentum_update_(targets, sources, 0.9)
         both_ways(lambda x: dropout(x, 0.1), qkv)
+        both_ways(lambda x: feed_forward(x, *layers), hidden)
         for p in (0.0, 0.1):
             both_ways(
                 lambda *x, p=p: add_layer_norm(*x, dropout_p=p)[1], q, q, k[0, 0, 0], k[0, 0, 1]
             )
 
     ids = torch.arange(700, device=DEVICE) % 50
+    layers = [torch.nn.Linear(*n).to(DEVICE, dtype) for n in ((64, 256), (256, 64))]
     all_of_them()  # compiles
     with no_waiting():
         all_of_them()
