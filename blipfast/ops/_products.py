@@ -2,7 +2,8 @@
 
 - In float32 PyTorch takes MKL, which leaves AVX-512 to Intel's processors; oneDNN uses it on all
   that have it, at twice the speed.
-- oneDNN multiplies a transposed bf16 matrix at half its speed on AMX: it is transposed before.
+- oneDNN multiplies a transposed bf16 matrix at half its speed on AMX, and PyTorch transposes a
+  float32 one for it at a quarter of the memory's speed: such a matrix is transposed before.
 """
 
 from __future__ import annotations
@@ -108,21 +109,24 @@ def _runs_on_one_thread(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-_SMALL_WEIGHT = 768 * 768  # up to it, transposing first gains nothing
+_SMALL_WEIGHT = 768 * 768  # up to it, transposing bf16 first gains nothing
 
 
 def parameter_gradients(
     grad: Tensor, x: Tensor, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of a linear layer's weight and bias, from `grad (R, out)` and `x (R, in)`."""
-    transposes = (
-        need_weight
-        and grad.dtype == torch.bfloat16
-        and grad.is_cpu
-        and grad.shape[1] * x.shape[1] > _SMALL_WEIGHT
-        and _native.amx()
-    )
-    if transposes:
+    if need_weight and _transposes_first(grad, x):
         transposed, sums = torch.ops.blipfast_native.transpose_and_sum(grad.contiguous())
-        return transposed @ x, sums if need_bias else None
+        return product(transposed, x.t()), sums if need_bias else None
     return product(grad.t(), x.t()) if need_weight else None, grad.sum(0) if need_bias else None
+
+
+def _transposes_first(grad: Tensor, x: Tensor) -> bool:
+    """Whether oneDNN is slow on a transposed grad, or PyTorch in transposing it for oneDNN."""
+    if not grad.is_cpu:
+        return False
+    if grad.dtype == torch.bfloat16:
+        return grad.shape[1] * x.shape[1] > _SMALL_WEIGHT and _native.amx()
+    worth = grad.numel() * x.shape[1] >= _WORTH_A_CALL
+    return worth and onednn_is_faster(grad) and _native.avx512()

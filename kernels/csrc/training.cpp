@@ -3,13 +3,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <tuple>
 #include <vector>
 
-#include "avx512.h"
 #include "bf16.h"
 #include "gelu.h"
 #include "isa.h"
@@ -126,56 +124,6 @@ void dropout_bf16(const uint16_t* x, uint16_t* out, int64_t begin, int64_t end, 
   dropout_loop(x, out, begin, end, dropped, seed);
 }
 
-#if BLIPFAST_CLONES
-
-constexpr int64_t kRows = 32, kColumns = 16;  // of a block: a line of the transpose, a vector of fp32
-constexpr int64_t kStrip = 2 * kColumns;      // a line of x
-
-// Rows [row, row + kRows) of kColumns columns of x, from `first`, into lines of out; adds to total.
-BLIPFAST_AVX512 inline void transpose_block(const uint16_t* x, int64_t rows, int64_t columns,
-                                            int64_t row, int64_t first, uint16_t* out,
-                                            __m512& total) {
-  const int64_t width = std::min(kColumns, columns - first);
-  const auto valid = static_cast<__mmask16>((1u << width) - 1);
-  __m512i v[16];
-  for (int64_t pair = 0; pair < 16; ++pair) {
-    const int64_t r = row + 2 * pair;
-    const uint16_t* at = x + r * columns + first;
-    __m256i even = _mm256_setzero_si256(), odd = even;
-    if (r < rows) even = _mm256_maskz_loadu_epi16(valid, at);
-    if (r + 1 < rows) odd = _mm256_maskz_loadu_epi16(valid, at + columns);
-    const __m512i low = _mm512_cvtepu16_epi32(even);
-    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
-    total = _mm512_add_ps(total, _mm512_castsi512_ps(_mm512_slli_epi32(low, 16)));
-    total = _mm512_add_ps(total, _mm512_castsi512_ps(high));
-    v[pair] = _mm512_or_si512(low, high);
-  }
-  transpose_16x16(v);
-  const int64_t length = std::min(kRows, rows - row);
-  const auto filled = static_cast<__mmask32>((uint64_t{1} << length) - 1);
-  for (int64_t c = 0; c < width; ++c) {
-    _mm512_mask_storeu_epi16(out + (first + c) * rows + row, filled, v[c]);
-  }
-}
-
-// Columns [first, first + kStrip) of x (rows, columns) into as many lines of out, and their sums.
-BLIPFAST_AVX512 void transpose_strip(const uint16_t* x, int64_t rows, int64_t columns,
-                                     int64_t first, uint16_t* out, uint16_t* sums) {
-  __m512 totals[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  const bool both = first + kColumns < columns;
-  for (int64_t row = 0; row < rows; row += kRows) {
-    transpose_block(x, rows, columns, row, first, out, totals[0]);
-    if (both) transpose_block(x, rows, columns, row, first + kColumns, out, totals[1]);
-  }
-  alignas(64) float sum[kStrip];
-  _mm512_store_ps(sum, totals[0]);
-  _mm512_store_ps(sum + kColumns, totals[1]);
-  const int64_t count = std::min(kStrip, columns - first);
-  for (int64_t c = 0; c < count; ++c) sums[first + c] = float_to_bf16(sum[c]);
-}
-
-#endif
-
 bool float_and_contiguous(const Tensor& x) {
   const auto type = x.scalar_type();
   return x.is_contiguous() && (type == ScalarType::Float || type == ScalarType::BFloat16);
@@ -281,28 +229,6 @@ Tensor dropout(Tensor x, double p, int64_t seed) {
     }
   });
   return out;
-}
-
-std::tuple<Tensor, Tensor> transpose_and_sum(Tensor x) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == ScalarType::BFloat16,
-                  "transpose_and_sum: takes a contiguous bfloat16 matrix");
-  STD_TORCH_CHECK(isa_level() == 4, "transpose_and_sum: needs AVX-512");
-  const int64_t rows = x.size(0), columns = x.size(1);
-  const std::array<int64_t, 2> shape{columns, rows};
-  Tensor out = torch::stable::new_empty(x, {shape.data(), 2});
-  Tensor sums = torch::stable::new_empty(x, {shape.data(), 1});
-#if BLIPFAST_CLONES
-  const auto* from = static_cast<const uint16_t*>(x.const_data_ptr());
-  auto* to = static_cast<uint16_t*>(out.mutable_data_ptr());
-  auto* sum = static_cast<uint16_t*>(sums.mutable_data_ptr());
-  const int64_t strips = (columns + kStrip - 1) / kStrip;
-  torch::stable::parallel_for(0, strips, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      transpose_strip(from, rows, columns, s * kStrip, to, sum);
-    }
-  });
-#endif
-  return {out, sums};
 }
 
 }  // namespace blipfast

@@ -24,7 +24,7 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> gelu_backward_(torch::s
 // needs no mask. Kept is a share of 1 - p, to the next 65,536th.
 torch::stable::Tensor dropout(torch::stable::Tensor x, double p, int64_t seed);
 
-// x (R, C) bf16 to its transpose (C, R) and the sums of its columns (C), bf16. Needs AVX-512.
+// x (R, C) to its transpose (C, R) and the sums of its columns (C). Needs AVX-512.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> transpose_and_sum(torch::stable::Tensor x);
 
 }  // namespace blipfast

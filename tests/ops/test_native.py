@@ -330,3 +330,20 @@ torch.testing.assert_close(loss, step(q, k, torch.tensor(0.07)))
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not _native.avx512(), reason="the processor lacks AVX-512")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 5), (16, 16), (33, 31), (17, 100), (300, 257), (0, 4)]
+)
+def test_transposed_with_the_sums_of_columns(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = torch.randn(shape).to(dtype)
+    transposed, sums = torch.ops.blipfast_native.transpose_and_sum(x)
+    assert torch.equal(transposed, x.t())
+    assert transposed.is_contiguous()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    exact = x.double().sum(0)
+    torch.testing.assert_close(sums.double(), exact, atol=tolerance, rtol=tolerance)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        torch.ops.blipfast_native.transpose_and_sum(torch.zeros(3, 4, dtype=dtype).t())
