@@ -78,7 +78,7 @@ def cost(row: Row) -> float:
 
 
 def is_ours(row: Row) -> bool:
-    return row.code in (OURS, "native", "torch", "triton", "triton_interpreter")
+    return row.code in (OURS, "fused", "native", "torch", "triton", "triton_interpreter")
 
 
 def table_line(row: Row, rows: list[Row], on_card: bool) -> str:
