@@ -1,6 +1,6 @@
-"""Writes the README's table from the results: `python -m benchmarks.readme`.
+"""Writes the README's table and picture from the results: `python -m benchmarks.readme`.
 
-One column for each machine that ran the suite, one row for each of the main jobs.
+One column, and one colour, for each machine that ran the suite, one row for each of the main jobs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from benchmarks.report import Row, best_of_ours
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
+PICTURE = RESULTS / "speedups.svg"
 BEGIN, END = "<!-- python -m benchmarks.readme -->", "<!-- end -->"
 
 # What a row says, its group in the results, and the baseline's code there.
@@ -57,6 +58,7 @@ HEADLINES = [
         "Pillow",
     ),
 ]
+_COLOURS = ["#2a7f62", "#c7683a", "#3b6ea8", "#8a5fa3", "#777777"]
 _IN_WORDS = {"per-pass": "a pass per pair", "original": "the 2022 formulation"}
 
 
@@ -74,12 +76,63 @@ def table(machines: list[dict[str, Any]]) -> str:
 
 
 def cell(rows: list[Row], group: str, baseline: str) -> str:
+    found = fastest(rows, group, baseline)
+    return (
+        "" if found is None else f"{found[0]:.3g}, {found[1]:.3g}: **{found[1] / found[0]:.1f}x**"
+    )
+
+
+def fastest(rows: list[Row], group: str, baseline: str) -> tuple[float, float] | None:
+    """Seconds of our fastest round and of the baseline's, if it was measured: what else runs on a
+    machine only ever adds."""
     found = [row for row in rows if (row.group, row.code) == (group, baseline)]
-    if not found:
-        return ""
-    # Of the fastest rounds: what else runs on a machine only ever adds.
-    ours, theirs = best_of_ours(group, rows).fastest, found[0].fastest
-    return f"{ours:.3g}, {theirs:.3g}: **{theirs / ours:.1f}x**"
+    return (best_of_ours(group, rows).fastest, found[0].fastest) if found else None
+
+
+def plot(machines: list[dict[str, Any]], path: Path) -> None:
+    """How many times as fast as its baseline each job is, on each machine and in each dtype."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "blipfast", "svg.fonttype": "none"})
+    import matplotlib.pyplot as plt
+
+    jobs: dict[str, list[tuple[str, str, str]]] = {}
+    for work, group, code in HEADLINES:
+        work, _, dtype = (
+            work.rpartition(", ") if work.endswith(("fp32", "bf16")) else (work, "", "")
+        )
+        jobs.setdefault(f"{work}, against {_IN_WORDS.get(code, code)}", []).append(
+            (dtype, group, code)
+        )
+    figure, axis = plt.subplots(figsize=(9.5, 0.6 + 0.45 * len(jobs)))
+    for i, (colour, machine) in enumerate(zip(_COLOURS, machines, strict=False)):
+        below = 0.5 * (i + 0.5) / len(machines) - 0.25  # a line for each machine
+        for place, codes in enumerate(jobs.values()):
+            for dtype, group, code in codes:
+                found = fastest(machine["rows"], group, code)
+                if found is not None:
+                    face = "none" if dtype == "bf16" else colour
+                    axis.plot(
+                        found[1] / found[0], place + below, "o", color=colour, markerfacecolor=face
+                    )
+        axis.plot([], [], "o", color=colour, label=machine["machine"]["name"])
+    axis.plot([], [], "o", color="#555", markerfacecolor="none", label="bf16 (filled: fp32)")
+    axis.axvline(1, color="#999", linewidth=1)
+    axis.set_xscale("log")
+    axis.set_xticks([1, 2, 4, 8, 16, 32], ["as fast", *(f"{n}x" for n in (2, 4, 8, 16, 32))])
+    axis.minorticks_off()
+    axis.set_yticks(range(len(jobs)), list(jobs), fontsize=8)
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", color="#e5e5e5")
+    axis.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
+    axis.legend(fontsize=7, loc="lower right", frameon=True)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None}, facecolor="white")
+    plt.close(figure)
 
 
 def machines() -> list[dict[str, Any]]:
@@ -95,11 +148,15 @@ def machines() -> list[dict[str, Any]]:
 
 
 def updated(text: str, markdown: str) -> str:
-    """The README with the table between its marks."""
+    """The README with picture and table between its marks."""
+    picture = f"![times as fast]({PICTURE.relative_to(README.parent)})"
+    made = f"{BEGIN}\n{picture}\n\n{markdown}\n{END}"
     pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
-    return re.sub(pattern, lambda _: f"{BEGIN}\n{markdown}\n{END}", text, flags=re.DOTALL)
+    return re.sub(pattern, lambda _: made, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text(), table(machines())))
+    found = machines()
+    plot(found, PICTURE)
+    README.write_text(updated(README.read_text(), table(found)))
     print(README)

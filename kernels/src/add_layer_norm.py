@@ -74,7 +74,8 @@ def run_forward(
     moments = residual.new_empty((2, rows.shape[0]), dtype=torch.float32)
     strides = (rows.stride(0), 0 if added is None else added.stride(0))
     meta = _configuration(rows, dtype, dropout_p > 0)
-    args: list[Any] = [rows, added, weight, bias, seed, summed, normed, moments]
+    args: list[Any] = [rows, added, weight.contiguous(), bias.contiguous(), seed]
+    args += [summed, normed, moments]
     launch(
         kernels.normalize,
         (-(-rows.shape[0] // meta["BLOCK_R"]),),
@@ -125,7 +126,8 @@ def run_backward(
     programs = max(1, min(meta.pop("PROGRAMS"), -(-rows.shape[0] // meta["BLOCK_R"])))
     partial = summed.new_empty((2, programs, rows.shape[1]), dtype=torch.float32)
     strides = (grad.stride(0), 0 if elsewhere is None else elsewhere.stride(0), rows.stride(0))
-    args: list[Any] = [grad, elsewhere, rows, weight, seed, moments, grad_residual, grad_branch]
+    args: list[Any] = [grad, elsewhere, rows, weight.contiguous(), seed, moments]
+    args += [grad_residual, grad_branch]
     launch(
         kernels.normalize_backward,
         (programs,),

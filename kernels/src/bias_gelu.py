@@ -19,8 +19,8 @@ from torch import Tensor
 
 @triton.jit
 def gelu_forward(x, bias, out, num_rows, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = columns < width
     there = (rows < num_rows)[:, None] & inside[None, :]
     at = rows[:, None].to(tl.int64) * width + columns[None, :]
@@ -68,8 +68,9 @@ def bias_gelu_out(x: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     """`gelu(x + bias)` of `x (R, C)` into `out`, which may be x itself."""
     rows, width = x.shape
     meta = choose("bias_gelu forward", short(x.dtype), _TILES, x)
-    grid = (-(-width // meta["BLOCK_C"]), -(-rows // meta["BLOCK_R"]))
-    launch(gelu_forward, grid, [x, bias, out, rows, width], **meta)
+    # Rows first: a grid's other dimensions end at 65,535.
+    grid = (-(-rows // meta["BLOCK_R"]), -(-width // meta["BLOCK_C"]))
+    launch(gelu_forward, grid, [x, bias.contiguous(), out, rows, width], **meta)
     return out
 
 
@@ -82,7 +83,8 @@ def gelu_backward_(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
     value = torch.empty_like(x)
     partial = x.new_empty((groups, width), dtype=torch.float32)
     grid = (-(-width // meta["BLOCK_C"]), groups)
-    launch(gelu_backward, grid, [grad, x, bias, value, partial, rows, width, rows_each], **meta)
+    args = [grad, x, bias.contiguous(), value, partial, rows, width, rows_each]
+    launch(gelu_backward, grid, args, **meta)
     return value, partial.sum(0).to(bias.dtype)
 
 

@@ -227,7 +227,12 @@ def test_the_readme_has_the_results() -> None:
     found = readme.machines()
     made = readme.table(found)
     assert made in readme.README.read_text()
+    picture = readme.PICTURE.read_text()
+    assert readme.updated(readme.README.read_text(), made) == readme.README.read_text()
+    for machine in found:
+        assert machine["machine"]["name"] in picture
     assert "|  |" not in readme.table(found[:1])
+    new = "![times as fast](benchmarks/results/speedups.svg)\n\nnew"
     assert readme.updated(f"a\n{readme.BEGIN}\nold\n{readme.END}\nb", "new") == (
-        f"a\n{readme.BEGIN}\nnew\n{readme.END}\nb"
+        f"a\n{readme.BEGIN}\n{new}\n{readme.END}\nb"
     )

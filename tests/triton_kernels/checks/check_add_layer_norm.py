@@ -113,6 +113,9 @@ def test_any_strides() -> None:
         others = [*map(stride, inputs[:2]), *inputs[2:]]
         for a, b in zip(run(others, [*map(stride, grads)], IMPL), dense, strict=True):
             assert torch.equal(a, b)
+    weights = [torch.stack([x, x.new_full(x.shape, float("nan"))], 1)[:, 0] for x in inputs[2:]]
+    for a, b in zip(run([*inputs[:2], *weights], grads, IMPL), dense, strict=True):
+        assert torch.equal(a, b)
     first = [inputs[0][:, :1], inputs[1][:, :1], *inputs[2:]]  # a CLS token of each image
     assert torch.equal(run(first, [g[:, :1] for g in grads], IMPL)[1], dense[1][:, :1])
     one = torch.ones(1, 1, 1).expand(3, 4, 16)

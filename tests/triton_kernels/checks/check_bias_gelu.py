@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from blipfast.kernels import _runtime
 from blipfast.kernels.bias_gelu import bias_gelu_out, gelu_backward_
 from blipfast.kernels.tiles import nth_candidate
 from place import INTERPRETED
@@ -53,6 +54,27 @@ def test_in_place_and_far_out() -> None:
     torch.testing.assert_close(dx[:, :5], expected[1][:, :5])
     assert bias_gelu_out(x, bias, x) is x
     torch.testing.assert_close(x, expected[0], equal_nan=True)
+
+
+def test_a_bias_with_gaps() -> None:
+    x, grad, bias = torch.randn(5, 12), torch.randn(5, 12), torch.randn(12)
+    apart = torch.stack([bias, torch.full_like(bias, float("nan"))], 1)[:, 0]
+    for a, b in zip(
+        gelu_backward_(grad.clone(), x, apart), gelu_backward_(grad, x, bias), strict=True
+    ):
+        assert torch.equal(a, b)
+    assert torch.equal(bias_gelu_out(x, apart, torch.empty_like(x)), bias_gelu_out(x, bias, x))
+
+
+def test_as_many_rows_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card takes 65,535 programs along the second dimension of a grid, and no more."""
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(_runtime, "recorder", lambda kernel, grid, *_: grids.append(grid))
+    x = torch.empty(2_000_000, 3072, dtype=torch.bfloat16, device="meta")
+    bias_gelu_out(x, x[0], x)
+    gelu_backward_(x, x, x[0])
+    assert len(grids) == 2
+    assert all(grid[1] <= 65_535 for grid in grids)
 
 
 def test_no_rows() -> None:
