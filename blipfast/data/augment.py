@@ -50,7 +50,7 @@ def apply_op(image: Image.Image, op: str, strength: float, sign: int = 1) -> Ima
     if op == "equalize":
         return ImageOps.equalize(image)
     if op in ("brightness", "sharpness"):
-        factor = 0.1 + 1.8 * part
+        factor = enhancement(strength)
         if factor == 1:  # spares the blurred image, of which nothing would be seen
             return image
         enhance = ImageEnhance.Brightness if op == "brightness" else ImageEnhance.Sharpness
@@ -66,6 +66,11 @@ def apply_op(image: Image.Image, op: str, strength: float, sign: int = 1) -> Ima
     return image.transform(
         image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=_GREY
     )
+
+
+def enhancement(strength: float) -> float:
+    """The factor of brightness and sharpness."""
+    return 0.1 + 1.8 * (strength / _MAX_STRENGTH)
 
 
 def affine_matrix(op: str, strength: float, side: int) -> tuple[float, ...]:

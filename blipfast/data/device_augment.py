@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blipfast.data.augment import View, affine_matrix
+from blipfast.data.augment import View, affine_matrix, enhancement
 
 _GREY = 128.0
 
@@ -46,7 +46,7 @@ def _apply(images: Tensor, name: str, strengths: list[float]) -> Tensor:
     if name == "equalize":
         return _equalize(images)
     if name in ("brightness", "sharpness"):
-        factors = [0.1 + 1.8 * abs(strength) / 10 for strength in strengths]
+        factors = [enhancement(abs(strength)) for strength in strengths]
         factor = torch.tensor(factors, device=images.device).view(-1, 1, 1, 1)
         plain = torch.zeros_like(images) if name == "brightness" else _smooth(images)
         return (plain + factor * (images - plain)).clamp(0, 255).floor()
