@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 
 from blipfast.errors import CheckpointError, TrainingError
 from blipfast.train.files import describe_write_error, write_whole
-from blipfast.train.ranks import gather_objects, rank, world_size
+from blipfast.train.ranks import gather_objects, leave_group, rank, world_size
 
 # A run of one process is not a fault.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
@@ -188,7 +188,7 @@ class Checkpoints:
             self.finish()
         finally:
             if self._group is not None:
-                dist.destroy_process_group(self._group)
+                leave_group(self._group)
                 self._group = None
 
 

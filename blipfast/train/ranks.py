@@ -18,7 +18,10 @@ from torch import Tensor
 from blipfast.errors import ConfigError, TrainingError
 from blipfast.objectives.distributed import world_size
 
-__all__ = ["gather_objects", "local_rank", "mean_of_ranks", "process_group", "rank", "world_size"]
+__all__ = [
+    "gather_objects", "leave_group", "local_rank", "mean_of_ranks", "process_group", "rank",
+    "world_size",
+]  # fmt: skip
 
 
 _RELEASE_SECONDS = 0.2
@@ -77,20 +80,22 @@ def process_group(
     try:
         yield
     finally:
-        dist.destroy_process_group()
-        _let_go()
+        leave_group()
 
 
-def _let_go() -> None:
-    """Gives the threads of gloo time to let go of the last collectives' tensors.
+def leave_group(group: dist.ProcessGroup | None = None) -> None:
+    """Ends a group, that of all by default, and gives gloo's threads time for what they still hold.
 
     One that has done its work drops tensors that Python knows, for which it needs the interpreter's
-    lock. FSDP keeps the group, and so its threads, alive until the interpreter ends; a thread that
-    asks for the lock then is ended within a C++ destructor, which aborts the process
-    (`terminate called without an active exception`, torch 2.11 to 2.13).
+    lock (torch 2.11 to 2.13). Whoever destroys the group has that lock and waits for the threads to
+    end, for ever if one asks for it. FSDP and DDP keep the group, and so its threads, alive longer,
+    FSDP until the interpreter ends; a thread that asks for the lock then is ended within a C++
+    destructor, which aborts the process (`terminate called without an active exception`).
     """
-    gc.collect()
     time.sleep(_RELEASE_SECONDS)  # without the lock
+    dist.destroy_process_group(group)
+    gc.collect()
+    time.sleep(_RELEASE_SECONDS)
 
 
 def _fresh(store: dist.Store, number: int, size: int, timeout: float) -> dist.Store:

@@ -23,6 +23,7 @@ def worker(folder: str, rank: int) -> None:
 
     from blipfast.models.config import blip_config
     from blipfast.tasks.pretrain import BlipForPretraining
+    from blipfast.train.ranks import leave_group
 
     sizes: dict[str, int] = {}
 
@@ -58,7 +59,7 @@ def worker(folder: str, rank: int) -> None:
     foreign = len({i for i in drawn.tolist() if i // BATCH != rank})
     Path(folder, f"{rank}.json").write_text(json.dumps([sizes, foreign]))
     dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 def test_bytes_are_those_of_the_model(tmp_path: Path) -> None:

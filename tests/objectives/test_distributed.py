@@ -23,6 +23,7 @@ from blipfast.objectives.distributed import (
 )
 from blipfast.objectives.itc import FeatureQueue, gather_keys, itc_loss
 from blipfast.objectives.itm import draw_negatives
+from blipfast.train.ranks import leave_group
 
 RANKS, BATCH = 2, 3
 
@@ -88,7 +89,7 @@ def worker(rank: int, folder: str) -> None:
         first = rank_offset(BATCH)
         torch.save(step(slice(first, first + BATCH), first), f"{folder}/{rank}.pt")
     finally:
-        dist.destroy_process_group()
+        leave_group()
 
 
 def test_without_a_process_group_nothing_happens() -> None:

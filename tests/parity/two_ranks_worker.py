@@ -14,6 +14,7 @@ from blipfast import load_model
 from blipfast.checkpoints.mapping import to_foreign
 from blipfast.checkpoints.save import layout_of
 from blipfast.objectives.itm import Negatives
+from blipfast.train.ranks import leave_group
 
 REFERENCE = Path(__file__).parent.parent / "fixtures" / "reference"
 
@@ -50,7 +51,7 @@ def main(rank: int, folder: Path) -> None:
     world = {"world_size": dist.get_world_size()}
     (folder / f"rank{rank}.json").write_text(json.dumps(world))
     dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from blipfast.models.config import blip_config
 from blipfast.tasks.in_parts import backward_in_parts
 from blipfast.tasks.pretrain import BlipForPretraining
 from blipfast.tasks.retrieval import BlipForRetrieval
+from blipfast.train.ranks import leave_group
 
 BATCH, LENGTHS = 8, [5, 11, 2, 8, 7, 3, 9, 4]
 
@@ -76,7 +77,7 @@ def worker(folder: str, rank: int, ranks: int, task: str, micro_batch: int) -> N
     result = step(make_model(task), slice(rank * share, (rank + 1) * share), micro_batch)
     torch.save(result, f"{folder}/{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 def on_ranks(folder: Path, ranks: int, task: str, micro_batch: int) -> list[dict]:
