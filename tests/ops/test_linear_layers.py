@@ -161,7 +161,8 @@ def test_wide_weights_have_the_gradients_of_torch(rows: int, dtype: torch.dtype)
     theirs = torch.autograd.grad(F.linear(*leaves), leaves, grad)
     for a, b, c in zip(ours, theirs, exact, strict=True):
         errors = [(t.double() - c).abs().max().item() for t in (a, b)]
-        assert errors[0] <= 2 * errors[1] + _rounding(dtype) * c.abs().max()
+        rounding = 0.004 if dtype == torch.bfloat16 else _rounding(dtype)
+        assert errors[0] <= 2 * errors[1] + rounding * c.abs().max()
 
 
 def test_autocast_casts_a_weight_once_and_again_when_it_has_changed() -> None:

@@ -332,7 +332,7 @@ torch.testing.assert_close(loss, step(q, k, torch.tensor(0.07)))
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.skipif(not _native.avx512(), reason="the processor lacks AVX-512")
+@pytest.mark.skipif(not _native.avx512(), reason="needs the C++ operators and AVX-512")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "shape", [(1, 1), (3, 5), (16, 16), (33, 31), (17, 100), (300, 257), (0, 4)]

@@ -85,12 +85,14 @@ def test_nothing_is_read_from_the_device(task: str, monkeypatch: pytest.MonkeyPa
         out.loss.backward()
     assert all(p.grad is not None for p in model.encoder.parameters())
     assert attention.cross_backends.choose(out.itm_logits, "auto")[0] == "triton"
-    assert sum(map(len, launches.values())) < 550
+    of_rows = {name for name in launches if name.startswith(("normalize", "gelu"))}
+    others = [grid for name in launches.keys() - of_rows for grid in launches[name]]
     # A table of the tiles that there can be, not as many for each image as all texts might need.
-    assert len(launches["forward"]) > 40
-    assert max(launches["forward"]) < 2_000
+    assert 40 < len(others) < 300
+    assert max(others) < 2_000
     # Of both encoders 49 norms in the ViT and 24 or more in the texts' layers.
-    assert len(launches["normalize"]) > 70
+    assert 70 < len(launches["normalize"]) < 160
+    assert sum(len(launches[name]) for name in of_rows) < 400
 
 
 def test_what_needs_padded_texts_says_so() -> None:
