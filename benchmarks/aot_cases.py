@@ -168,11 +168,7 @@ def _add_layer_norm_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]
         for residual, branch, weights, dropout_p in mixtures:
             x = _empty(4_870, width, dtype=residual)
             added = None if branch is None else _empty(*x.shape, dtype=branch)
-            h = (
-                x
-                if added is None
-                else _empty(*x.shape, dtype=torch.promote_types(residual, branch))
-            )
+            h = x if added is None else x + added
             weight, moments = _empty(width, dtype=weights), _empty(2, len(x), dtype=full)
             seed = _empty(1, dtype=torch.int64) if dropout_p else None
             forward = (x, added, weight, weight, seed, 1e-12, dropout_p)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,10 @@ def table(machines: list[dict[str, Any]]) -> str:
 
 def cell(rows: list[Row], group: str, baseline: str) -> str:
     found = fastest(rows, group, baseline)
-    return (
-        "" if found is None else f"{found[0]:.3g}, {found[1]:.3g}: **{found[1] / found[0]:.1f}x**"
-    )
+    if found is None:
+        return ""
+    ours, theirs = found
+    return f"{ours:.3g}, {theirs:.3g}: **{theirs / ours:.1f}x**"
 
 
 def fastest(rows: list[Row], group: str, baseline: str) -> tuple[float, float] | None:
@@ -97,25 +99,20 @@ def plot(machines: list[dict[str, Any]], path: Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "blipfast", "svg.fonttype": "none"})
     import matplotlib.pyplot as plt
 
-    jobs: dict[str, list[tuple[str, str, str]]] = {}
+    jobs: dict[str, list[tuple[str, str]]] = {}
     for work, group, code in HEADLINES:
-        work, _, dtype = (
-            work.rpartition(", ") if work.endswith(("fp32", "bf16")) else (work, "", "")
-        )
-        jobs.setdefault(f"{work}, against {_IN_WORDS.get(code, code)}", []).append(
-            (dtype, group, code)
-        )
+        job = work.removesuffix(", fp32").removesuffix(", bf16")
+        label = f"{job}, against {_IN_WORDS.get(code, code)}"
+        jobs.setdefault(label, []).append((group, code))
     figure, axis = plt.subplots(figsize=(9.5, 0.6 + 0.45 * len(jobs)))
-    for i, (colour, machine) in enumerate(zip(_COLOURS, machines, strict=False)):
+    for i, (machine, colour) in enumerate(zip(machines, cycle(_COLOURS), strict=False)):
         below = 0.5 * (i + 0.5) / len(machines) - 0.25  # a line for each machine
         for place, codes in enumerate(jobs.values()):
-            for dtype, group, code in codes:
+            for group, code in codes:
                 found = fastest(machine["rows"], group, code)
                 if found is not None:
-                    face = "none" if dtype == "bf16" else colour
-                    axis.plot(
-                        found[1] / found[0], place + below, "o", color=colour, markerfacecolor=face
-                    )
+                    ratio, face = found[1] / found[0], "none" if group.endswith("bf16") else colour
+                    axis.plot(ratio, place + below, "o", color=colour, markerfacecolor=face)
         axis.plot([], [], "o", color=colour, label=machine["machine"]["name"])
     axis.plot([], [], "o", color="#555", markerfacecolor="none", label="bf16 (filled: fp32)")
     axis.axvline(1, color="#999", linewidth=1)

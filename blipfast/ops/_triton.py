@@ -13,6 +13,8 @@ import os
 
 import torch
 
+from blipfast.ops._dispatch import Reason
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ENV_VAR = "TRITON_INTERPRET"
 _DEVICES = ("cuda",)
@@ -52,6 +54,17 @@ def _wrong_dtype(tensor: torch.Tensor) -> str | None:
     if tensor.dtype not in DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {tensor.dtype}"
     return None
+
+
+def no_wider(limit: int, of: str, unit: str, why_not: Reason) -> Reason:
+    """`why_not`, of kernels whose tiles hold the last dimension whole."""
+
+    def reason(tensor: torch.Tensor) -> str | None:
+        if tensor.dim() and tensor.shape[-1] > limit:
+            return f"the kernel takes {of} of up to {limit} {unit}, not {tensor.shape[-1]}"
+        return why_not(tensor)
+
+    return reason
 
 
 def why_not(tensor: torch.Tensor) -> str | None:

@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -101,18 +102,11 @@ def _varlen_triton(qkv: Tensor, packing: Packing, causal: bool, dropout_p: float
     return out
 
 
-def _not_triton(why_not: Callable[[Tensor], str | None]) -> Callable[[Tensor], str | None]:
-    def reason(tensor: Tensor) -> str | None:
-        if tensor.dim() > 2 and tensor.shape[-1] > 128:
-            return f"the kernel takes heads of up to 128 dimensions, not {tensor.shape[-1]}"
-        return why_not(tensor)
-
-    return reason
-
+_heads_that_fit = partial(_triton.no_wider, 128, "heads", "dimensions")
 
 for _name, (_attend, _why_not) in _varlen_libraries.FIRST.items():
     varlen_backends.register(_name, _why_not)(_attend)
-varlen_backends.register("triton", _not_triton(_triton.why_not))(_varlen_triton)
+varlen_backends.register("triton", _heads_that_fit(_triton.why_not))(_varlen_triton)
 
 
 @varlen_backends.register("torch")
@@ -145,7 +139,7 @@ def varlen_attention_reference(
 # After "reference", which can always run: `auto` never takes them.
 for _name, (_attend, _why_not) in _varlen_libraries.BY_NAME.items():
     varlen_backends.register(_name, _why_not)(_attend)
-varlen_backends.register("triton_interpreter", _not_triton(_triton.why_not_interpreter))(
+varlen_backends.register("triton_interpreter", _heads_that_fit(_triton.why_not_interpreter))(
     _varlen_triton
 )
 
@@ -295,7 +289,7 @@ def _cross_triton(q: Tensor, k: Tensor, v: Tensor, plan: CrossPlan, dropout_p: f
     return out
 
 
-cross_backends.register("triton", _not_triton(_triton.why_not))(_cross_on_card)
+cross_backends.register("triton", _heads_that_fit(_triton.why_not))(_cross_on_card)
 
 
 @cross_backends.register("native", _packed_why_not, _native_attention.slower)
@@ -361,6 +355,6 @@ def cross_attention_reference(
 
 
 # The same kernel on a CPU, for tests; last, so that `auto` never takes it.
-cross_backends.register("triton_interpreter", _not_triton(_triton.why_not_interpreter))(
+cross_backends.register("triton_interpreter", _heads_that_fit(_triton.why_not_interpreter))(
     _cross_triton
 )

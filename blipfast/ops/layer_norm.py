@@ -6,18 +6,20 @@ the sum on.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blipfast.errors import ShapeError
 from blipfast.ops import _triton
-from blipfast.ops._dispatch import Backends, Reason
+from blipfast.ops._dispatch import Backends
 from blipfast.ops.seeded_dropout import dropout, new_seed
 
 backends = Backends("add_layer_norm")
 
-_MAX_WIDTH = 4096
+_rows_that_fit = partial(_triton.no_wider, 4096, "rows", "elements")
 
 
 class LayerNorm(nn.LayerNorm):
@@ -108,22 +110,13 @@ def _kernel(
     return found
 
 
-def _too_wide(why_not: Reason) -> Reason:
-    def reason(tensor: Tensor) -> str | None:
-        if tensor.dim() and tensor.shape[-1] > _MAX_WIDTH:
-            return f"the kernel takes rows of up to {_MAX_WIDTH} elements, not {tensor.shape[-1]}"
-        return why_not(tensor)
-
-    return reason
-
-
 def _slower(_: Tensor) -> str | None:
     if torch.compiler.is_compiling():
         return "the compiler fuses the formula with what surrounds it"
     return None
 
 
-backends.register("triton", _too_wide(_triton.why_not), _slower)(_kernel)
+backends.register("triton", _rows_that_fit(_triton.why_not), _slower)(_kernel)
 
 
 @backends.register("torch")
@@ -158,4 +151,4 @@ def add_layer_norm_reference(
 
 
 # The same kernel on a CPU, for tests; last, so that `auto` never takes it.
-backends.register("triton_interpreter", _too_wide(_triton.why_not_interpreter))(_kernel)
+backends.register("triton_interpreter", _rows_that_fit(_triton.why_not_interpreter))(_kernel)

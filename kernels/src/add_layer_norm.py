@@ -66,14 +66,11 @@ def run_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h (empty without a branch), y, and the mean and 1 / std of rows `(2, R)`."""
-    dtype = _dtype_of_sum(residual, branch)
     rows = _rows(residual)
     added = None if branch is None else _rows(branch)
-    summed = residual.new_empty(0 if branch is None else residual.shape, dtype=dtype)
-    normed = torch.empty(residual.shape, dtype=dtype, device=residual.device)
-    moments = residual.new_empty((2, rows.shape[0]), dtype=torch.float32)
+    summed, normed, moments = _empty_results(residual, branch)
     strides = (rows.stride(0), 0 if added is None else added.stride(0))
-    meta = _configuration(rows, dtype, dropout_p > 0)
+    meta = _configuration(rows, normed.dtype, dropout_p > 0)
     args: list[Any] = [rows, added, weight.contiguous(), bias.contiguous(), seed]
     args += [summed, normed, moments]
     launch(
@@ -98,10 +95,7 @@ _forward = torch.library.custom_op(
 
 @_forward.register_fake
 def _(residual, branch, *_args):  # type: ignore[no-untyped-def]
-    dtype, shape = _dtype_of_sum(residual, branch), residual.shape
-    summed = residual.new_empty(0 if branch is None else shape, dtype=dtype)
-    moments = residual.new_empty((2, shape[:-1].numel()), dtype=torch.float32)
-    return summed, residual.new_empty(shape, dtype=dtype), moments
+    return _empty_results(residual, branch)
 
 
 def run_backward(
@@ -120,8 +114,7 @@ def run_backward(
     rows, grad = _rows(summed), _rows(grad_normed)
     elsewhere = None if grad_summed is None else _rows(grad_summed)
     own = _has_own_gradient(residual_dtype, branch_dtype, dropout_p)
-    grad_residual = summed.new_empty(summed.shape, dtype=residual_dtype)
-    grad_branch = summed.new_empty(summed.shape if own else 0, dtype=branch_dtype)
+    grad_residual, grad_branch = _empty_gradients(summed, residual_dtype, branch_dtype, own)
     meta = _configuration(rows, summed.dtype, dropout_p > 0, backward=True)
     programs = max(1, min(meta.pop("PROGRAMS"), -(-rows.shape[0] // meta["BLOCK_R"])))
     partial = summed.new_empty((2, programs, rows.shape[1]), dtype=torch.float32)
@@ -152,10 +145,9 @@ _backward = torch.library.custom_op(
 
 @_backward.register_fake
 def _(_gs, _gn, summed, weight, _seed, _moments, residual_dtype, branch_dtype, dropout_p):  # type: ignore[no-untyped-def]
-    grad_residual = summed.new_empty(summed.shape, dtype=residual_dtype)
     own = _has_own_gradient(residual_dtype, branch_dtype, dropout_p)
-    grad_branch = summed.new_empty(summed.shape if own else 0, dtype=branch_dtype)
-    return grad_residual, grad_branch, weight.new_empty((2, *weight.shape))
+    gradients = _empty_gradients(summed, residual_dtype, branch_dtype, own)
+    return *gradients, weight.new_empty((2, *weight.shape))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -205,8 +197,20 @@ class _Unwatched(torch.autograd.Function):
         return _gradients(run_backward, ctx, grad_summed, grad_normed)
 
 
-def _dtype_of_sum(residual: Tensor, branch: Tensor | None) -> torch.dtype:
-    return residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
+def _empty_results(residual: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, shape = residual.dtype, residual.shape
+    if branch is not None:
+        dtype = torch.promote_types(dtype, branch.dtype)
+    summed = residual.new_empty(0 if branch is None else shape, dtype=dtype)
+    moments = residual.new_empty((2, shape[:-1].numel()), dtype=torch.float32)
+    return summed, residual.new_empty(shape, dtype=dtype), moments
+
+
+def _empty_gradients(
+    summed: Tensor, residual: torch.dtype, branch: torch.dtype | None, own: bool
+) -> tuple[Tensor, Tensor]:
+    grad_branch = summed.new_empty(summed.shape if own else 0, dtype=branch)
+    return summed.new_empty(summed.shape, dtype=residual), grad_branch
 
 
 def _has_own_gradient(residual: torch.dtype, branch: torch.dtype | None, dropout_p: float) -> bool:

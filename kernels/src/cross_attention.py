@@ -113,7 +113,7 @@ def run_backward(
     """Gradients of q `(T, H, head_dim)`, k and v `(B, H, S, head_dim)`.
 
     together: those of k and v are parts of one `(B, S, 2, H, head_dim)`, as the gradient of a
-    projection to both lies.
+    projection to both lies. An operator's results may not share memory.
     """
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if together:

@@ -146,17 +146,18 @@ def test_the_same_bits_in_every_run() -> None:
     query, keys = unit(90, 256), unit(20_000, 256)
     t = torch.tensor(0.07, device=DEVICE)
     weights = torch.randn(2, 64, device=DEVICE)
-    norm = lambda *x: torch.stack(add_layer_norm(*x))  # noqa: E731
-    first = both_ways(lambda *x: cross_attention(*x, plan), q, k, v)
-    first += both_ways(lambda *x: contrastive_softmax(*x, t), query, keys)
-    first += both_ways(lambda x: varlen_attention(x, packing), qkv)
-    first += both_ways(norm, q, q, *weights)
+
+    def run() -> list[Tensor]:
+        return [
+            *both_ways(lambda *x: cross_attention(*x, plan), q, k, v),
+            *both_ways(lambda *x: contrastive_softmax(*x, t), query, keys),
+            *both_ways(lambda x: varlen_attention(x, packing), qkv),
+            *both_ways(lambda *x: torch.stack(add_layer_norm(*x)), q, q, *weights),
+        ]
+
+    first = run()
     for _ in range(5):
-        again = both_ways(lambda *x: cross_attention(*x, plan), q, k, v)
-        again += both_ways(lambda *x: contrastive_softmax(*x, t), query, keys)
-        again += both_ways(lambda x: varlen_attention(x, packing), qkv)
-        again += both_ways(norm, q, q, *weights)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
 @pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16], ids=str)

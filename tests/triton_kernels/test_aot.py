@@ -40,15 +40,20 @@ def test_a_few_configurations(card: str) -> None:
     check(compile_for(card, "--quick"))
 
 
+def wide_products(card: str, only: str, kernel: str, config: str) -> dict[bool, int]:
+    """Of a kernel with these tiles, with dropout and without."""
+    return {
+        "dropout" in row["case"]: row["wide_products"]
+        for row in json.loads(compile_for(card, "--quick", "--only", only).stdout)
+        if row["kernel"] == kernel and row["config"].startswith(config)
+    }
+
+
 @pytest.mark.parametrize("card", ["80", "90"])
 def test_one_draw_of_dropout_serves_four_weights(card: str) -> None:
     """The compiler sees that they share it: a thread has 32 weights of a tile of 64 x 64."""
-    result = compile_for(card, "--quick", "--only", "cross_attention bf16 d=64 rows=")
-    products = {
-        "dropout" in row["case"]: row["wide_products"]
-        for row in json.loads(result.stdout)
-        if row["kernel"] == "forward" and row["config"].startswith("m=64 n=64 d=64 warps=4")
-    }
+    only = "cross_attention bf16 d=64 rows="
+    products = wide_products(card, only, "forward", "m=64 n=64 d=64 warps=4")
     rounds, products_of_a_round = 7, 2
     draws = (products[True] - products[False]) / (rounds * products_of_a_round)
     assert 32 / 4 - 2 <= draws <= 32 / 4 + 1
@@ -57,12 +62,7 @@ def test_one_draw_of_dropout_serves_four_weights(card: str) -> None:
 @pytest.mark.parametrize("card", ["80", "90", "100"])
 def test_one_draw_of_dropout_serves_four_elements(card: str) -> None:
     """Of neighbours in a row: a thread has 16 of a tile of 2 x 1024."""
-    result = compile_for(card, "--quick", "--only", "add_layer_norm")
-    products = {
-        "dropout" in row["case"]: row["wide_products"]
-        for row in json.loads(result.stdout)
-        if row["kernel"] == "normalize" and row["config"].startswith("r=2 d=1024 warps=4")
-    }
+    products = wide_products(card, "add_layer_norm", "normalize", "r=2 d=1024 warps=4")
     assert 3 * 9 < products[True] - products[False] <= 4 * 14
 
 
