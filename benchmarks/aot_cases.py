@@ -143,16 +143,20 @@ def _contrastive_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def _linear_cross_entropy_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    from blipfast.kernels.linear_cross_entropy import losses_then_gradients
+    from blipfast.kernels.linear_cross_entropy import run_backward, run_forward
 
     for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
-        logits, labels = _empty(549, 30528, dtype=dtype)[:, :30524], _empty(549, dtype=torch.int64)
-        for scale in (_empty(549, dtype=torch.float32), None):
+        weight = _empty(30_524, 768, dtype=dtype)
+        for tokens in (98, 3_000):  # the forward takes the vocabulary in one piece, and in several
+            hidden, labels = _empty(tokens, 768, dtype=dtype), _empty(tokens, dtype=torch.int64)
+            arguments = (hidden, weight, weight[:, 0], labels)
+            lse = _empty(tokens, dtype=torch.float32)
 
-            def run(arguments: Any = (logits, labels, 0.1, scale, logits[0])) -> None:
-                losses_then_gradients(*arguments)
+            def run(arguments: Any = arguments, lse: Any = lse) -> None:
+                run_forward(*arguments, 0.1, -100)
+                run_backward(lse, *arguments, lse, 0.1, -100, [True, True, True])
 
-            yield f"linear_cross_entropy {_runtime.short(dtype)}" + " losses" * (scale is None), run
+            yield f"linear_cross_entropy {_runtime.short(dtype)} {tokens} tokens", run
 
 
 def _add_layer_norm_cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -232,28 +232,41 @@ def hard_negatives() -> str:
 
 
 def linear_ce() -> str:
-    c = Canvas(760, 230, "Linear cross-entropy without all logits")
-    c.box(20, 40, 120, 130, "hidden states\nof labelled tokens\n(T, D)", BLUE)
+    c = Canvas(760, 420, "Linear cross-entropy without all logits")
+    c.text(20, 28, "PyTorch, on a CPU: some tokens at a time", 13)
+    c.box(20, 40, 120, 100, "hidden states\nof labelled tokens\n(T, D)", BLUE)
     for i in range(3):
-        y = 40 + 46 * i
-        c.arrow(142, y + 19, 196, y + 19)
-        c.box(200, y, 250, 38, f"logits of piece {i + 1}: (C, V)", GREEN if i == 1 else GREY)
-        c.arrow(452, y + 19, 506, y + 19)
+        y = 40 + 35 * i
+        c.arrow(142, y + 15, 196, y + 15)
+        c.box(200, y, 250, 30, f"logits of piece {i + 1}: (C, V)", GREEN if i == 1 else GREY)
+        c.arrow(452, y + 15, 506, y + 15)
     c.box(
         510,
         40,
         220,
-        130,
+        100,
         "loss of the piece, and at once\nits gradients dh, dW, db:\nthe logits are then forgotten",
         ORANGE,
         13,
     )
+    c.note(20, 160, "Ignored tokens and the prompt are left out before anything is multiplied.")
+
+    c.text(20, 208, "Kernels, on a GPU: some of the vocabulary at a time", 13)
+    c.text(20, 232, "backward, piece 2 of 9", 12, colour=_PALE)
+    c.box(200, 222, 250, 24, "rows of dW that are done", ORANGE, 12)
+    c.box(200, 250, 250, 40, "rows of this piece: dzᵀ h", GREEN)
+    c.box(200, 294, 250, 66, "", GREY)
+    c.box(206, 300, 180, 54, "the piece's logits, which\nbecome dz in place", BLUE, 12)
+    c.box(510, 250, 220, 40, "dh += dz W, in float32", GREEN)
+    c.arrow(300, 300, 300, 291)
+    c.arrow(388, 327, 560, 292)
+    c.text(20, 274, "dW (V, D)", 13)
+    c.text(20, 326, "rows of later pieces", 12)
     c.note(
         20,
-        200,
-        "Of 549 x 30,524 logits a piece exists at a time. Ignored tokens and "
-        "the prompt are left out before\n"
-        "anything is multiplied.",
+        388,
+        "No row of dW is summed over pieces, and the logits lie where nothing has been written.\n"
+        "Beside dW no matrix is larger than h in float32. The forward left the log-sum-exps.",
     )
     return c.svg()
 

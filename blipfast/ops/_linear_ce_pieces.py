@@ -5,8 +5,6 @@ For the PyTorch backend of `linear_cross_entropy`; letters as there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -16,9 +14,6 @@ from blipfast.ops._products import by_onednn, onednn_is_faster, product
 # Logits held at a time: enough rows that a matmul is efficient at a vocabulary of 30,524.
 _CPU_LOGITS = 1 << 25
 _GPU_LOGITS = 1 << 27
-# 128 MiB in bfloat16, about 2,200 tokens: each piece more adds a pass over the weight's gradient.
-_KERNEL_LOGITS = 1 << 26
-_ALIGNED = 8  # elements of two bytes
 
 
 def by_pieces(
@@ -30,12 +25,8 @@ def by_pieces(
     ignore_index: int,
     scale: Tensor | None,
     needs: tuple[bool, ...],
-    engine: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses `(T,)` and, given the weight `scale` `(T,)` of each, the gradients that are needed.
-
-    engine: what turns logits into gradients, "torch" or "triton".
-    """
+    """Losses `(T,)` and, given the weight `scale` `(T,)` of each, the gradients that are needed."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     total = len(labels)
     valid = labels != ignore_index
@@ -50,14 +41,11 @@ def by_pieces(
         scale = None if scale is None else scale * valid
     losses = hidden.new_empty(len(labels), dtype=dtype)
     out = _Gradients(hidden, weight, bias, needs)
-    pieces = max(1, -(-len(labels) * len(weight) // logits_at_a_time(hidden, engine)))
+    pieces = max(1, -(-len(labels) * len(weight) // logits_at_a_time(hidden)))
     size = max(1, -(-len(labels) // pieces))
     # Buffers for all pieces: fresh memory of this size costs page faults as dear as a matmul.
-    columns = len(weight)
-    if engine == "triton":  # rows that start at 16 bytes, without which products are far slower
-        columns = -(-columns // _ALIGNED) * _ALIGNED
-    raw = hidden.new_empty(min(size, len(labels)), columns)[:, : len(weight)]
-    in_place = raw.dtype == dtype or engine == "triton"
+    raw = hidden.new_empty(min(size, len(labels)), len(weight))
+    in_place = raw.dtype == dtype
     values = raw if in_place else torch.empty_like(raw, dtype=dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(labels), size):
@@ -65,12 +53,6 @@ def by_pieces(
             rows = hidden[piece]
             logits, z = raw[: len(rows)], values[: len(rows)]
             piece_scale = None if scale is None else scale[piece]
-            if engine == "triton":
-                torch.mm(rows, weight.T, out=logits)
-                losses[piece] = _kernel()(logits, labels[piece], smoothing, piece_scale, bias)
-                if scale is not None:
-                    out.add(piece, logits, logits)
-                continue
             if onednn_is_faster(rows):
                 z = logits = by_onednn(rows, weight, bias)
             elif bias is None:
@@ -88,12 +70,6 @@ def by_pieces(
     if needs[0]:
         d_hidden = hidden.new_zeros(total, hidden.shape[1]).index_copy_(0, chosen, d_hidden)
     return losses.new_zeros(total).index_copy_(0, chosen, losses), d_hidden, d_weight, d_bias
-
-
-def _kernel() -> Callable[..., Tensor]:
-    from blipfast.kernels.linear_cross_entropy import losses_then_gradients
-
-    return losses_then_gradients  # type: ignore[no-any-return]
 
 
 def _losses_then_gradient(
@@ -155,9 +131,7 @@ class _Gradients:
         return results[0], results[1], results[2]
 
 
-def logits_at_a_time(hidden: Tensor, engine: str = "torch") -> int:
-    if engine == "triton":
-        return _KERNEL_LOGITS
+def logits_at_a_time(hidden: Tensor) -> int:
     return _CPU_LOGITS if hidden.device.type == "cpu" else _GPU_LOGITS
 
 

@@ -5,16 +5,19 @@
 
 with label smoothing `e`; a row whose label is `ignore_index` has loss 0 and no gradient. It equals
 `F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, ...)`, but the logits of all tokens
-never exist at once. For a mean or a sum, the gradients are formed while a piece's logits are there,
-so nothing is computed twice; for losses by row, whose weights are not known yet, the backward pass
-computes the logits again. Few tokens, which fit one piece, go to PyTorch's own functions.
+never exist at once.
+
+PyTorch's backend takes some tokens at a time. For a mean or a sum, the gradients are formed while a
+piece's logits are there, so nothing is computed twice; for losses by row, whose weights are not
+known yet, the backward pass computes the logits again. Few tokens, which fit one piece, go to
+PyTorch's own functions. The kernels take some of the vocabulary at a time and compute logits twice,
+in no more memory than the weight's gradient and a few times `hidden`.
 
 Shapes: `T` tokens, `D` width, `V` vocabulary, `C` tokens of a piece.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal
 
 import torch
@@ -84,21 +87,35 @@ def _in_pieces(
     label_smoothing: float,
     ignore_index: int,
     reduction: Reduction,
-    engine: str,
 ) -> Tensor:
     arguments = (hidden, weight, bias, labels, label_smoothing, ignore_index)
     if reduction == "none":
-        rows: Tensor = torch.ops.blipfast.linear_cross_entropy_rows(*arguments, engine)
+        rows: Tensor = torch.ops.blipfast.linear_cross_entropy_rows(*arguments)
         return rows
     grad_on = torch.is_grad_enabled()
     needs = [grad_on and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     run = torch.ops.blipfast.linear_cross_entropy
-    loss: Tensor = run(*arguments, reduction == "mean", *needs, engine)[0]
+    loss: Tensor = run(*arguments, reduction == "mean", *needs)[0]
     return loss
 
 
-_triton_backend = functools.partial(_in_pieces, engine="triton")
-backends.register("triton", _triton.why_not)(_triton_backend)
+@backends.register("triton", _triton.why_not)
+def _triton_backend(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: Reduction,
+) -> Tensor:
+    from blipfast.kernels.linear_cross_entropy import losses
+
+    rows: Tensor = losses(hidden, weight, bias, labels, label_smoothing, ignore_index)
+    if reduction == "none":
+        return rows
+    count = (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else 1
+    return rows.sum() / count
 
 
 @backends.register("torch")
@@ -114,7 +131,7 @@ def _torch_backend(
     options = (label_smoothing, ignore_index, reduction)
     if len(labels) * len(weight) <= logits_at_a_time(hidden):
         return _one_piece(hidden, weight, bias, labels, *options)
-    return _in_pieces(hidden, weight, bias, labels, *options, "torch")
+    return _in_pieces(hidden, weight, bias, labels, *options)
 
 
 @backends.register("reference")
@@ -179,8 +196,8 @@ def _one_piece(
     "blipfast::linear_cross_entropy",
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float label_smoothing,"
-    " int ignore_index, bool mean, bool need_hidden, bool need_weight, bool need_bias,"
-    " str engine='torch') -> (Tensor, Tensor, Tensor, Tensor)",
+    " int ignore_index, bool mean, bool need_hidden, bool need_weight, bool need_bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _reduced(
     hidden: Tensor,
@@ -193,7 +210,6 @@ def _reduced(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-    engine: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss `()` and its gradients where needed (else empty): hidden, weight, bias."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -203,7 +219,7 @@ def _reduced(
     needs = (need_hidden, need_weight, need_bias)
     scale = factor.expand(len(labels)) if any(needs) else None
     rows, *gradients = by_pieces(
-        hidden, weight, bias, labels, label_smoothing, ignore_index, scale, needs, engine
+        hidden, weight, bias, labels, label_smoothing, ignore_index, scale, needs
     )
     return rows.sum() * factor, gradients[0], gradients[1], gradients[2]
 
@@ -240,7 +256,7 @@ def _reduced_backward(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Any, ..
         scaled = torch.ops.blipfast.scale_gradients(scaled, grad)
     remaining = iter(scaled)
     gradients = [next(remaining) if need else None for need in ctx.needs]
-    return *gradients, *[None] * 8
+    return *gradients, *[None] * 7
 
 
 _reduced.register_autograd(_reduced_backward, setup_context=_reduced_setup)
@@ -250,7 +266,7 @@ _reduced.register_autograd(_reduced_backward, setup_context=_reduced_setup)
     "blipfast::linear_cross_entropy_rows",
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float label_smoothing,"
-    " int ignore_index, str engine='torch') -> Tensor",
+    " int ignore_index) -> Tensor",
 )
 def _rows(
     hidden: Tensor,
@@ -259,15 +275,14 @@ def _rows(
     labels: Tensor,
     label_smoothing: float,
     ignore_index: int,
-    engine: str = "torch",
 ) -> Tensor:
     """Losses `(T,)`."""
     arguments = (hidden, weight, bias, labels, label_smoothing, ignore_index)
-    return by_pieces(*arguments, None, (False, False, False), engine)[0]
+    return by_pieces(*arguments, None, (False, False, False))[0]
 
 
 @_rows.register_fake
-def _(hidden, weight, bias, labels, smoothing, ignore, engine="torch"):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, labels, smoothing, ignore):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     return hidden.new_empty(hidden.shape[0], dtype=dtype)
 
@@ -276,8 +291,8 @@ def _(hidden, weight, bias, labels, smoothing, ignore, engine="torch"):  # type:
     "blipfast::linear_cross_entropy_rows_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels,"
-    " float label_smoothing, int ignore_index, bool need_hidden, bool need_weight, bool need_bias,"
-    " str engine='torch') -> (Tensor, Tensor, Tensor)",
+    " float label_smoothing, int ignore_index, bool need_hidden, bool need_weight, bool need_bias)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 def _rows_gradients(
     grad: Tensor,
@@ -290,11 +305,10 @@ def _rows_gradients(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-    engine: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = (need_hidden, need_weight, need_bias)
     arguments = (hidden, weight, bias, labels, label_smoothing, ignore_index)
-    return by_pieces(*arguments, grad, needs, engine)[1:]
+    return by_pieces(*arguments, grad, needs)[1:]
 
 
 @_rows_gradients.register_fake
@@ -305,16 +319,16 @@ def _(grad, hidden, weight, bias, labels, smoothing, ignore, *options):  # type:
 
 
 def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.options, ctx.engine = inputs[4:6], inputs[6]
+    ctx.options = inputs[4:]
     ctx.save_for_backward(*inputs[:4])
 
 
 def _rows_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad[:3]
     gradients = torch.ops.blipfast.linear_cross_entropy_rows_backward(
-        grad, *ctx.saved_tensors, *ctx.options, *needs, ctx.engine
+        grad, *ctx.saved_tensors, *ctx.options, *needs
     )
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 4
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 3
 
 
 _rows.register_autograd(_rows_backward, setup_context=_rows_setup)

@@ -196,6 +196,27 @@ def test_no_matrix_of_all_keys_is_in_memory() -> None:
     assert extra < 0.2 * 2048 * 57_600 * 4  # one matrix in float32
 
 
+@pytest.mark.parametrize("tokens", [98, 1_125])
+def test_logits_lie_within_the_weights_gradient(tokens: int) -> None:
+    hidden = torch.randn(tokens, 768, device=DEVICE, dtype=torch.bfloat16)
+    weight = 0.02 * torch.randn(30_524, 768, device=DEVICE, dtype=torch.bfloat16)
+    labels = torch.arange(tokens, device=DEVICE) * 7
+
+    def run(impl: str, x: Tensor, w: Tensor) -> list[Tensor]:
+        return both_ways(lambda x, w: linear_cross_entropy(x, w, None, labels, impl=impl), x, w)
+
+    run("triton", hidden, weight)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ours = run("triton", hidden, weight)
+    assert torch.cuda.max_memory_allocated() - before < 50 * 2**20
+    exact = run("reference", hidden.double(), weight.double())
+    plain = run("reference", hidden, weight)
+    for a, b, c in zip(ours, exact, plain, strict=True):
+        error, allowed = (x.double().sub(b).square().mean().sqrt() for x in (a, c))
+        assert error <= 2 * allowed + 1e-6 * b.abs().max()
+
+
 def test_compiled_by_inductor() -> None:
     packing = Packing.from_lengths(LENGTHS, DEVICE).prepare()
     plan = CrossPlan.build(packing, [2, 0, 1, 0, 2, 1], 3).prepare()

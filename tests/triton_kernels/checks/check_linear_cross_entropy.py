@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from blipfast.kernels.linear_cross_entropy import losses_then_gradients
+from blipfast.kernels import _runtime
+from blipfast.kernels import linear_cross_entropy as kernels
 from place import DEVICE, IMPL, INTERPRETED
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-import blipfast.ops._linear_ce_pieces as pieces
 from blipfast.ops.linear_ce import linear_cross_entropy
+
+
+class MemoryCounter(TorchDispatchMode):
+    """The most bytes that tensors made within a block held at once, contents or none."""
+
+    def __enter__(self) -> Any:
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {key(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and key(tensor) not in self.known | given:
+                self._take(tensor)
+        return result
+
+    def _take(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        size, name = storage.nbytes(), key(tensor)
+        self.known.add(name)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def free() -> None:
+            self.known.discard(name)
+            self.now -= size
+
+        weakref.finalize(storage, free)
+
+
+def key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [(1, 7), (13, 2500)] if INTERPRETED else [(1, 7), (13, 2500), (600, 30_524)]
@@ -42,9 +80,7 @@ def test_losses_and_gradients(
     smoothing: float,
     dtype: torch.dtype,
     assert_no_worse,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pieces, "_KERNEL_LOGITS", 4 * vocabulary)  # several pieces, one ragged
     tensors, labels = make(tokens, vocabulary, dtype)
     options: Any = {"reduction": reduction, "label_smoothing": smoothing}
     ours = evaluate(tensors, labels, **options, impl=IMPL)
@@ -63,40 +99,96 @@ def test_losses_and_gradients(
         assert_no_worse(*values, name, terms=vocabulary)
 
 
-def test_only_the_piece_is_changed_and_only_when_asked() -> None:
-    wide = torch.full((3, 40), float("nan"))
-    wide[:, :25] = torch.randn(3, 25) * 50
-    logits, labels = wide[:, :25], torch.tensor([0, 24, 3])
-    before = logits.clone()
-    losses = losses_then_gradients(logits, labels, 0.1, None)
-    assert torch.equal(logits, before)
-    exact = torch.nn.functional.cross_entropy(
-        before.double().requires_grad_(), labels, reduction="none", label_smoothing=0.1
+@pytest.mark.parametrize(
+    "needs", [(True, False, False), (False, True, False), (False, False, True)]
+)
+def test_only_the_gradients_that_are_needed(needs: tuple[bool, ...]) -> None:
+    tensors, labels = make(13, 2500, torch.float32)
+    wanted = evaluate(tensors, labels, impl="reference")[1:]
+    leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+    linear_cross_entropy(*leaves, labels, impl=IMPL).backward(torch.tensor(1.3))
+    for leaf, need, expected in zip(leaves, needs, wanted, strict=True):
+        assert (leaf.grad is not None) == need
+        if leaf.grad is not None:
+            torch.testing.assert_close(leaf.grad, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_bias() -> None:
+    (hidden, weight, _), labels = make(13, 2500, torch.float32)
+    leaves = [t.requires_grad_() for t in (hidden, weight)]
+    ours, plain = (
+        torch.autograd.grad(
+            linear_cross_entropy(*leaves, None, labels, label_smoothing=0.1, impl=impl), leaves
+        )
+        for impl in (IMPL, "reference")
     )
-    torch.testing.assert_close(losses.double(), exact, atol=1e-5, rtol=1e-5)
-    again = losses_then_gradients(logits, labels, 0.1, torch.tensor([1.0, 0.0, 2.0]))
-    assert torch.equal(again, losses)
-    assert (logits[1] == 0).all()
-    torch.testing.assert_close(logits.sum(1), torch.zeros(3), atol=1e-5, rtol=0)
-    assert wide[:, 25:].isnan().all()
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("bias", [None, torch.randn(9, device="cpu")], ids=["plain", "bias"])
+@pytest.mark.parametrize("bias", [None, torch.randn(2500, device="cpu")], ids=["plain", "bias"])
 def test_a_label_out_of_range_gives_nan(bias: Tensor | None) -> None:
+    tensors, _ = make(3, 2500, torch.float32)
     bias = None if bias is None else bias.to(DEVICE)
-    losses = losses_then_gradients(torch.randn(3, 9), torch.tensor([9, -1, 8]), 0.1, None, bias)
+    losses = kernels.losses(*tensors[:2], bias, torch.tensor([2500, -1, 2499]), 0.1, -100)
     assert losses.isnan().tolist() == [True, True, False]
 
 
+def test_large_logits_of_later_pieces_raise_the_peak() -> None:
+    (hidden, weight, _), labels = make(40, 2500, torch.float32)
+    pieces = list(kernels._in_own_memory(40, *weight.shape))
+    assert len(pieces) > 1
+    bias = torch.zeros(2500)
+    for place, (start, stop) in enumerate(pieces):
+        bias[start:stop] = 200.0 * place - 300
+    tensors = [hidden, weight, bias]
+    ours = evaluate(tensors, labels, label_smoothing=0.1, impl=IMPL)
+    exact = evaluate([t.double() for t in tensors], labels, label_smoothing=0.1, impl="reference")
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
 def test_a_bias_is_added_before_anything_is_rounded() -> None:
-    product, bias = torch.randn(4, 30).bfloat16(), (8 * torch.randn(30)).bfloat16()
-    labels, scale = torch.arange(4), torch.linspace(0.5, 2, 4)
-    exact = (product.double() + bias.double()).requires_grad_()
-    expected = torch.nn.functional.cross_entropy(exact, labels, reduction="none")
-    (gradient,) = torch.autograd.grad(expected, exact, scale.double())
-    losses = losses_then_gradients(product, labels, 0.0, scale, bias)
-    torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(product.double(), gradient, atol=1e-6, rtol=2.0**-8)
+    """Products of whole numbers are exact in bf16, and their sums with this bias are not."""
+    hidden, weight = (torch.randint(-2, 3, (n, 16)).bfloat16() for n in (4, 30))
+    bias, labels = (8 * torch.randn(30)).bfloat16(), torch.arange(4)
+    exact = torch.nn.functional.cross_entropy(
+        (hidden.double() @ weight.double().T) + bias.double(), labels, reduction="none"
+    )
+    losses = kernels.losses(hidden, weight, bias, labels, 0.0, -100)
+    torch.testing.assert_close(losses.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("vocabulary", "width"), [(7, 3), (2500, 16), (30_524, 768)])
+@pytest.mark.parametrize("tokens", [0, 1, 98, 1_125, 5_000, 60_000])
+def test_pieces_cover_the_vocabulary_and_lie_where_nothing_is_yet(
+    tokens: int, vocabulary: int, width: int
+) -> None:
+    within, later = kernels._within_gradient(tokens, vocabulary, width)
+    for pieces in (within + later, list(kernels._in_own_memory(tokens, vocabulary, width))):
+        assert [start for start, _ in pieces[1:]] == [stop for _, stop in pieces[:-1]]
+        assert pieces[0][0] == 0
+        assert pieces[-1][1] == vocabulary
+    for start, stop in within:
+        assert tokens * kernels._row(stop - start) <= (vocabulary - stop) * width
+    assert kernels._elements(tokens, later) <= tokens * (width + 127)
+
+
+def test_no_memory_but_the_gradients_and_twice_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted on tensors without contents at the size of a batch of 90."""
+    taken = MemoryCounter()
+    monkeypatch.setattr(_runtime, "recorder", lambda *_: None)
+    hidden = torch.empty(1_125, 768, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(30_524, 768, dtype=torch.bfloat16, device="meta")
+    bias, labels = weight[:, 0].clone(), torch.empty(1_125, dtype=torch.int64, device="meta")
+    grad = torch.empty(1_125, device="meta")
+    with taken:
+        _, lse = kernels.run_forward(hidden, weight, bias, labels, 0.1, -100)
+    assert taken.peak < 48 * 2**20
+    with taken:
+        arguments = (grad, hidden, weight, bias, labels, lse, 0.1, -100, [True] * 3)
+        gradients = kernels.run_backward(*arguments)
+    assert [g.shape for g in gradients] == [hidden.shape, weight.shape, bias.shape]
+    assert taken.peak < 50 * 2**20
 
 
 def test_nothing_and_ignored_rows() -> None:
@@ -112,8 +204,7 @@ def test_opcheck_and_compile() -> None:
     leaves = [t.requires_grad_() for t in tensors]
     arguments = (*leaves, labels, 0.1, -100)
     ops = torch.ops.blipfast
-    torch.library.opcheck(ops.linear_cross_entropy, (*arguments, True, True, True, True, "triton"))
-    torch.library.opcheck(ops.linear_cross_entropy_rows, (*arguments, "triton"))
+    torch.library.opcheck(ops.triton_linear_cross_entropy, arguments)
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
     for a, b in zip(
         torch.autograd.grad(compiled(*leaves, labels, impl=IMPL), leaves),
