@@ -1,5 +1,5 @@
 """Other code for the same job, where it is installed and runs: torch.compile, Liger-Kernel,
-cut-cross-entropy, inf-cl.
+cut-cross-entropy, inf-cl, NVIDIA's apex.
 
 Each function gives what can run in a setting, by name.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from blipfast.ops import _triton
 
 Loss = Callable[[], Tensor]
+Norm = Callable[[Tensor, Tensor, Tensor], Tensor]  # of rows, by weight and bias
 T = TypeVar("T")
 
 
@@ -41,6 +42,24 @@ def linear_cross_entropy(
         # Its own kernel is for GPUs; elsewhere it brings the formula, compiled.
         impl = "cce" if hidden.is_cuda else "torch_compile"
         found["cut-cross-entropy"] = lambda: cut(hidden, weight, labels, impl=impl)
+    return found
+
+
+def layer_norms(x: Tensor) -> dict[str, Norm]:
+    """For rows like x on a GPU: Liger-Kernel's does not run in Triton's interpreter."""
+    found: dict[str, Norm] = {}
+    if not x.is_cuda:
+        return found
+    if find_spec("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_layer_norm
+
+        found["liger-kernel"] = lambda x, weight, bias: liger_layer_norm(x, weight, bias, 1e-5)
+    if find_spec("apex") and find_spec("apex.normalization"):
+        from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+
+        found["apex"] = lambda x, weight, bias: fused_layer_norm_affine(
+            x, weight, bias, x.shape[-1:], 1e-5
+        )
     return found
 
 

@@ -95,7 +95,7 @@ _RIVAL = "what the benchmarks compare with"
 OPTIONAL: tuple[Package, ...] = (
     Package("flash-attn", "flash_attn", "2.7", "packed self-attention on CUDA", "gpu"),
     Package("xformers", "xformers", "0.0.30", "memory-efficient attention on CUDA", "gpu"),
-    Package("apex", "apex", "0.1", "fused LayerNorm and optimisers on CUDA", None, _wrong_apex),
+    Package("apex", "apex", "0.1", f"{_RIVAL} on CUDA", None, _wrong_apex),
     Package("kernels", "kernels", "0.10", "attention kernels that transformers can load"),
     Package("liger-kernel", "liger_kernel", "0.8", _RIVAL, "competitors"),
     Package("cut-cross-entropy", "cut_cross_entropy", "25.1", _RIVAL, "competitors"),

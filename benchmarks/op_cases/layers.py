@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,7 +46,13 @@ def add_layer_norm_case(s: Setting, rows: int, dropout_p: float = 0.0) -> Case:
 
         return differentiated(ours, leaves, grad)
 
-    others = all_differentiated(competitors.compiled(eager, s.small), leaves, grad)
+    def theirs(norm: competitors.Norm) -> Tensor:
+        return norm(residual + F.dropout(branch, dropout_p), weight, bias)
+
+    rivals = competitors.compiled(eager, s.small)
+    for code, norm in competitors.layer_norms(residual).items():
+        rivals[code] = functools.partial(theirs, norm)
+    others = all_differentiated(rivals, leaves, grad)
     # Forward reads both inputs, writes sum and norm; backward reads the sum and a gradient.
     moved = s.element * (7 + (dropout_p > 0)) * residual.numel()
     name = f"add_layer_norm, {rows} x {width}" + ", dropout" * (dropout_p > 0)

@@ -17,7 +17,10 @@ _BOTTOM = re.compile(
 
 
 def make_optimizer(model: nn.Module, config: FitConfig) -> torch.optim.AdamW:
-    """Fused AdamW; a group's learning rate is the schedule's times its `scale`."""
+    """Fused AdamW; a group's learning rate is the schedule's times its `scale`.
+
+    PyTorch's: it moves the 28 bytes a parameter that the formula must, which apex's cannot better.
+    """
     groups = parameter_groups(model, config.layer_decay)
     kinds = {p.device.type for group in groups for p in group["params"]}
     return torch.optim.AdamW(

@@ -58,6 +58,7 @@ def test_liger_kernel_in_the_interpreter() -> None:
 def test_nothing_is_compared_that_cannot_run() -> None:
     query = torch.randn(4, 32)
     assert competitors.in_batch_contrast(query, query, torch.tensor(0.07)) == {}
+    assert competitors.layer_norms(query) == {}
     assert competitors.compiled(lambda: query, small=True) == {}
 
 
