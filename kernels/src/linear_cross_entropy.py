@@ -235,7 +235,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """`total += a @ b`, summed in total's float32."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif a.device.type != "cpu":
+    elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
