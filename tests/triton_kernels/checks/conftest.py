@@ -21,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from place import DEVICE, INTERPRETED
 
 if INTERPRETED:
+    import bounds
     import interpreter
 
     interpreter.correct()
+    bounds.enforce()
     torch.set_num_threads(1)
 
 
