@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from place import DEVICE, INTERPRETED
 
 if INTERPRETED:
-    import bounds
+    import addresses
     import interpreter
 
     interpreter.correct()
-    bounds.enforce()
+    addresses.watch()
     torch.set_num_threads(1)
 
 

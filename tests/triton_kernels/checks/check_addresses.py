@@ -1,4 +1,4 @@
-"""That an address out of bounds is seen in the interpreter, on which the other checks rest."""
+"""That wrong addresses are seen in the interpreter, on which the other checks rest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from bounds import OutOfBoundsError
+from addresses import OutOfBoundsError, RaceError
 from place import INTERPRETED
 
 
@@ -19,6 +19,18 @@ def _copy(source, target, first, size, SIZE: tl.constexpr):
 @triton.jit
 def _copy_one(source, target, place):
     tl.store(target, tl.load(source + place))
+
+
+@triton.jit
+def _shift(source, target, by, STEP: tl.constexpr):
+    program = tl.program_id(0)
+    x = tl.load(source + program)
+    tl.store(target + (program + by) // STEP, x)
+
+
+@triton.jit
+def _add_to_one(source, total):
+    tl.atomic_add(total, tl.load(source + tl.program_id(0)))
 
 
 def copied(first: int, size: int) -> torch.Tensor:
@@ -53,3 +65,23 @@ if INTERPRETED:  # a card would read what is not ours
         memory = torch.arange(64.0).view(8, 8)
         _copy_one[(1,)](memory[:, :2], memory[7:, 7:], 5)
         assert memory[7, 7] == 5
+
+    def test_programs_that_write_the_same() -> None:
+        source, target = torch.arange(8.0), torch.zeros(8)
+        _shift[(8,)](source, target, 0, STEP=1)
+        assert torch.equal(source, target)
+        with pytest.raises(Exception, match="written by program 1 and written by program 0") as e:
+            _shift[(8,)](source, target, 0, STEP=2)
+        assert RaceError.__name__ in repr(e.value)
+
+    def test_a_program_that_writes_what_another_reads() -> None:
+        memory = torch.arange(9.0)
+        _shift[(8,)](memory, memory, 0, STEP=1)  # each its own
+        with pytest.raises(Exception, match="read by program 1 and written by program 0"):
+            _shift[(8,)](memory, memory, 1, STEP=1)
+        with pytest.raises(Exception, match="written by program 1 and read by program 0"):
+            _shift[(8,)](memory[1:], memory, 0, STEP=1)
+
+    def test_atomic_sums_are_refused() -> None:
+        with pytest.raises(Exception, match="an atomic operation"):
+            _add_to_one[(8,)](torch.arange(8.0), torch.zeros(1))
