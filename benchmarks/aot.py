@@ -15,9 +15,7 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.aot_cases import CASES
+from benchmarks.machine_code import amd_registers_and_spills, nvidia_code, nvidia_registers
 
 RESULTS = Path(__file__).parent / "results"
 _OPTIONS = ("num_warps", "num_stages", "num_ctas")
@@ -129,20 +128,36 @@ def record(label: str, run: Callable[[], Any], keys: int | None = None) -> list[
     return launches
 
 
-def compile_launch(launch: Launch, arch: str) -> Row:
-    """Compile for `arch` ("80", "90", "100" or "gfx…") and read what came out."""
+def compile_launch(launch: Launch, arch: str) -> Any:
+    """Compile for `arch` ("80", "90", "100" or "gfx…")."""
     nvidia = not arch.startswith("gfx")
     target = GPUTarget("cuda", int(arch), 32) if nvidia else GPUTarget("hip", arch, 64)
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
-    compiled = triton.compile(source, target=target, options=dict(launch.options))
+    return triton.compile(source, target=target, options=dict(launch.options))
+
+
+def read_all(launches: Sequence[Launch], kernels: Sequence[Any], arch: str) -> list[Row]:
+    """What the compiler made of the launches."""
+    if arch.startswith("gfx"):
+        code = [compiled.asm["amdgcn"] for compiled in kernels]
+    else:
+        code = nvidia_code(arch, kernels)
+    return [_read(*found, arch) for found in zip(launches, kernels, code, strict=True)]
+
+
+def _read(launch: Launch, compiled: Any, code: str, arch: str) -> Row:
+    nvidia = not arch.startswith("gfx")
     config = " ".join(
         f"{name.lower().removeprefix('block_')}={launch.constants[(i,)]}"
         for i, name in enumerate(launch.kernel.arg_names)
         if name.startswith("BLOCK_")
     )
     config += f" warps={launch.options['num_warps']} stages={launch.options['num_stages']}"
-    read = _read_nvidia if nvidia else _read_amd
-    registers, spills, code = read(compiled)
+    if nvidia:
+        registers = nvidia_registers(compiled)
+        spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
+    else:
+        registers, spills = amd_registers_and_spills(code)
     tensor_core = len(re.findall(_TENSOR_CORE[arch], code))
     row = Row(
         arch=arch if not nvidia else f"sm_{arch}",
@@ -165,32 +180,6 @@ def compile_launch(launch: Launch, arch: str) -> Row:
     if _has_dots(compiled) and not tensor_core:
         row.faults.append("no tensor-core instructions")
     return row
-
-
-def _read_nvidia(compiled: Any) -> tuple[int, int, str]:
-    """Registers, spills and the machine code."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        sass = subprocess.run(
-            [tool, "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
-    return registers, len(re.findall(r"\b(?:STL|LDL)\b", sass)), sass
-
-
-def _read_amd(compiled: Any) -> tuple[int, int, str]:
-    text = compiled.asm["amdgcn"]
-
-    def number(key: str) -> int:
-        return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # type: ignore[index]
-
-    # Scalar registers spill into lanes of vector registers, not into memory.
-    return number("vgpr_count"), number("vgpr_spill_count"), text
 
 
 def _has_dots(compiled: Any) -> bool:
@@ -222,7 +211,7 @@ def compile_all(
     rows = []
     for arch in archs:
         _runtime.forced_target = "hip" if arch.startswith("gfx") else int(arch)
-        seen = set()
+        seen, wanted = set(), []
         for cases in CASES:
             for label, run in cases(quick):
                 if only not in label:
@@ -236,7 +225,8 @@ def compile_all(
                     types = str((launch.signature, launch.attributes, constants, launch.options))
                     if (launch.kernel.__name__, types) not in seen:
                         seen.add((launch.kernel.__name__, types))
-                        rows.append(compile_launch(launch, arch))
+                        wanted.append(launch)
+        rows += read_all(wanted, [compile_launch(launch, arch) for launch in wanted], arch)
     return rows
 
 
