@@ -22,6 +22,7 @@ Shapes: `B` queries, `N` keys, `D` width, `R` rows of a pass (`B`, or `2B` with 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -147,13 +148,7 @@ def _kernels() -> ModuleType:
     return kernels
 
 
-def _not_triton(why_not: Callable[[Tensor], str | None]) -> Callable[[Tensor], str | None]:
-    def reason(query: Tensor) -> str | None:
-        if query.dim() == 2 and query.shape[1] > 256:
-            return f"the kernel takes features of up to 256 columns, not {query.shape[1]}"
-        return why_not(query)
-
-    return reason
+_features_that_fit = partial(_triton.no_wider, 256, "features", "columns")
 
 
 def _slower_triton(query: Tensor) -> str | None:
@@ -163,7 +158,7 @@ def _slower_triton(query: Tensor) -> str | None:
     return None
 
 
-backends.register("triton", _not_triton(_triton.why_not), _slower_triton)(_engine("triton"))
+backends.register("triton", _features_that_fit(_triton.why_not), _slower_triton)(_engine("triton"))
 
 
 def _slower(_: Tensor) -> str | None:
@@ -198,7 +193,9 @@ def _reference_backend(
 
 
 # The same kernels on a CPU, for tests; last, so that `auto` never takes them.
-backends.register("triton_interpreter", _not_triton(_triton.why_not_interpreter))(_engine("triton"))
+backends.register("triton_interpreter", _features_that_fit(_triton.why_not_interpreter))(
+    _engine("triton")
+)
 
 
 @torch.library.custom_op(
