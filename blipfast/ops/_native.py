@@ -40,13 +40,13 @@ def _load() -> str | None:
 
 def _is_current() -> bool:
     """Whether the library has the operators as this version calls them, by the latest change."""
-    attend = getattr(torch.ops.blipfast_native, "attention_out", None)
-    return attend is not None and "cu_seqlens" in str(attend.default._schema)
+    stream = getattr(torch.ops.blipfast_native, "softmax_mean", None)
+    return stream is not None and "avx512" in str(stream.default._schema)
 
 
 def _register_fakes() -> None:
     @torch.library.register_fake("blipfast_native::softmax_mean")
-    def _(rows: Tensor, keys: Tensor, temperature: Tensor, amx: bool) -> tuple[Tensor, Tensor]:
+    def _(rows, keys, temperature, amx, avx512):  # type: ignore[no-untyped-def]
         mean = rows.new_empty(rows.shape, dtype=torch.float32)
         return mean.new_empty(rows.shape[0]), mean
 
@@ -78,10 +78,14 @@ def _missing() -> str | None:
     return _load()
 
 
+def _may_use_more() -> bool:
+    return os.environ.get(AMX_ENV_VAR) != "0"
+
+
 @torch.compiler.assume_constant_result
 def amx() -> bool:
     """Whether the operators are there, and the processor's AMX for bfloat16 may be used."""
-    return os.environ.get(AMX_ENV_VAR) != "0" and _has_amx()
+    return _may_use_more() and _has_amx()
 
 
 @functools.cache
@@ -121,19 +125,26 @@ def status() -> str:
 
 
 def native_online_softmax(
-    query: Tensor, teacher_query: Tensor | None, temperature: Tensor, keys: Sequence[Tensor]
+    query: Tensor,
+    teacher_query: Tensor | None,
+    temperature: Tensor,
+    keys: Sequence[Tensor],
+    *,
+    own_float32: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """One pass over the keys for the contrastive loss, on the CPU, without a `(R, N)` matrix.
 
-    On AMX with bf16 queries and keys the products take bf16 factors with fp32 sums (the softmax
-    weights are rounded to bf16 for the second one); otherwise everything is fp32. The result does
-    not depend on the number of threads.
+    Where the processor multiplies bf16, queries and keys of it are not widened: products have fp32
+    sums, and the softmax weights are rounded to bf16 for the second one. Otherwise everything is
+    fp32. The result does not depend on the number of threads.
 
     Args:
         query: `(B, D)` fp32 or bf16, not divided by the temperature.
         teacher_query: `(B, D)` or None; its rows follow the query's, so that `R` is `B` or `2B`.
         temperature: one element.
         keys: blocks `(N_b, D)`, fp32 or bf16, that count as their concatenation.
+        own_float32: whether fp32 products are the operator's own where there is AVX-512, or
+            PyTorch's.
 
     Returns:
         Log-sum-exps of the similarities over the temperature `(R,)` and the softmax-weighted means
@@ -156,7 +167,9 @@ def native_online_softmax(
         rows = torch.cat([rows.to(dtype), teacher_query.detach().to(dtype)])
     rows = rows.contiguous()
     scale = temperature.detach().reshape(()).float()
-    parts = [torch.ops.blipfast_native.softmax_mean(rows, b, scale, amx()) for b in blocks]
+    run = torch.ops.blipfast_native.softmax_mean
+    own = _may_use_more() and (own_float32 or rows.dtype == torch.bfloat16)
+    parts = [run(rows, block, scale, amx(), own) for block in blocks]
     if len(parts) == 1:
         lse, mean = parts[0]
         return lse, mean

@@ -161,12 +161,7 @@ def _slower_triton(query: Tensor) -> str | None:
 backends.register("triton", _features_that_fit(_triton.why_not), _slower_triton)(_engine("triton"))
 
 
-def _slower(_: Tensor) -> str | None:
-    """Without AMX the C++ operator multiplies by MKL; the PyTorch one need not."""
-    return "oneDNN multiplies float32 faster on this processor" if mkl_lacks_avx512() else None
-
-
-backends.register("native", _native.why_not, _slower)(_engine("native"))
+backends.register("native", _native.why_not)(_engine("native"))
 backends.register("torch")(_engine("torch"))
 
 
@@ -224,7 +219,9 @@ def _forward(
         else:
             own, mass = mean_of_equal_ids(keys, query_ids, key_ids, accumulator(query))
         if engine == "native":
-            lse, means = _native.native_online_softmax(query, teacher_query, temperature, keys)
+            lse, means = _native.native_online_softmax(
+                query, teacher_query, temperature, keys, own_float32=mkl_lacks_avx512()
+            )
         elif engine == "triton":
             lse, means = _kernels().softmax_mean(query, teacher_query, temperature, keys)
         else:

@@ -35,7 +35,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(blipfast_native, m) {
   m.def("amx_bf16() -> bool");
   m.def("avx512_bf16() -> bool");
   m.def(
-      "softmax_mean(Tensor rows, Tensor keys, Tensor temperature, bool amx) -> (Tensor, Tensor)");
+      "softmax_mean(Tensor rows, Tensor keys, Tensor temperature, bool amx, bool avx512)"
+      " -> (Tensor, Tensor)");
   m.def(
       "draw_negatives(Tensor scores, Tensor? query_ids, Tensor? key_ids, float eps, int offset,"
       " int seed, int step, int stream, int first_row, int first_column, int num) -> Tensor");

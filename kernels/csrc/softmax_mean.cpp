@@ -79,11 +79,21 @@ class Partials {
   std::vector<float> peak_, total_, mean_;
 };
 
+enum class Path { kPlain, kAvx512, kAmx };
+
+Path choose(const Tensor& rows, const Tensor& keys, bool amx, bool avx512) {
+  if (rows.scalar_type() != keys.scalar_type()) return Path::kPlain;
+  const bool bf16 = keys.scalar_type() == ScalarType::BFloat16;
+  if (amx && bf16 && amx_bf16_ready()) return Path::kAmx;
+  const bool able = isa_level() == 4 && (!bf16 || avx512_bf16_ready());
+  return avx512 && able && keys.size(1) % 32 == 0 ? Path::kAvx512 : Path::kPlain;
+}
+
 struct Problem {
   const Tensor& rows;
   const Tensor& keys;
   float scale;
-  bool amx;
+  Path path;
 };
 
 // Rows [first, first + count) against all keys.
@@ -92,11 +102,12 @@ void run_rows(const Problem& problem, int64_t first, int64_t count, float* lse, 
   const int64_t splits = std::clamp<int64_t>(num_keys / kMinSplit, 1, kMaxSplits);
   const int64_t share = (num_keys + splits - 1) / splits;
   const bool bf16 = problem.keys.scalar_type() == ScalarType::BFloat16;
-  const int64_t padded_rows = problem.amx ? amx_padded_rows(count) : count;
-  const int64_t padded_width = problem.amx ? amx_padded_width(width) : width;
-  Partials partials(splits, padded_rows, padded_width, problem.amx);
-  std::vector<uint32_t> packed(problem.amx ? padded_rows * padded_width / 2 : 0);
-  if (problem.amx) {
+  const bool amx = problem.path == Path::kAmx;
+  const int64_t padded_rows = amx ? amx_padded_rows(count) : count;
+  const int64_t padded_width = amx ? amx_padded_width(width) : width;
+  Partials partials(splits, padded_rows, padded_width, amx);
+  std::vector<uint32_t> packed(amx ? padded_rows * padded_width / 2 : 0);
+  if (amx) {
     const auto* from = static_cast<const uint16_t*>(problem.rows.const_data_ptr());
     amx_pack_rows(from + first * width, count, width, packed.data());
   }
@@ -105,11 +116,16 @@ void run_rows(const Problem& problem, int64_t first, int64_t count, float* lse, 
       const KeyRange range{problem.keys.const_data_ptr(), bf16, s * share,
                            std::min((s + 1) * share, num_keys), width};
       SoftmaxState state = partials.at(s);
-      if (problem.amx) {
+      if (amx) {
         stream_amx(packed.data(), count, range, problem.scale, state);
+        continue;
+      }
+      const int64_t bytes = problem.rows.element_size() * first * width;
+      const auto* from = static_cast<const char*>(problem.rows.const_data_ptr()) + bytes;
+      if (problem.path == Path::kAvx512) {
+        stream_avx512(from, count, range, problem.scale, state);
       } else {
-        const auto* from = static_cast<const float*>(problem.rows.const_data_ptr());
-        stream_plain(from + first * width, count, range, problem.scale, state);
+        stream_plain(reinterpret_cast<const float*>(from), count, range, problem.scale, state);
       }
     }
   });
@@ -122,12 +138,11 @@ void run_rows(const Problem& problem, int64_t first, int64_t count, float* lse, 
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> softmax_mean(Tensor rows, Tensor keys, Tensor temperature, bool amx) {
+std::tuple<Tensor, Tensor> softmax_mean(Tensor rows, Tensor keys, Tensor temperature, bool amx,
+                                        bool avx512) {
   check(rows, keys, temperature);
-  const bool both_bf16 =
-      rows.scalar_type() == ScalarType::BFloat16 && keys.scalar_type() == ScalarType::BFloat16;
-  const bool use_amx = amx && both_bf16 && amx_bf16_ready();
-  if (!use_amx && rows.scalar_type() != ScalarType::Float) {
+  const Path path = choose(rows, keys, amx, avx512);
+  if (path == Path::kPlain && rows.scalar_type() != ScalarType::Float) {
     rows = torch::stable::to(rows, ScalarType::Float);
   }
   const int64_t count = rows.size(0), width = rows.size(1);
@@ -140,7 +155,7 @@ std::tuple<Tensor, Tensor> softmax_mean(Tensor rows, Tensor keys, Tensor tempera
     rows = negative(rows);
     scale = -scale;
   }
-  const Problem problem{rows, keys, scale, use_amx};
+  const Problem problem{rows, keys, scale, path};
   for (int64_t first = 0; first < count; first += kRowTile) {
     run_rows(problem, first, std::min(kRowTile, count - first),
              static_cast<float*>(lse.mutable_data_ptr()),

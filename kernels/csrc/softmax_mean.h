@@ -35,6 +35,11 @@ struct KeyRange {
 void stream_plain(const float* rows, int64_t num_rows, const KeyRange& range, float scale,
                   SoftmaxState& state);
 
+// rows (R, width) contiguous, in the keys' dtype; width a multiple of 32. Only where isa_level() is 4,
+// for bf16 where avx512_bf16_ready(): their weights are rounded to bf16.
+void stream_avx512(const void* rows, int64_t num_rows, const KeyRange& range, float scale,
+                   SoftmaxState& state);
+
 // Rows as AMX wants them, made once for a call: bf16 pairs along the width, row index fastest.
 int64_t amx_padded_rows(int64_t num_rows);
 int64_t amx_padded_width(int64_t width);
@@ -52,9 +57,9 @@ void softmax_block_bf16(float* scores, int64_t keys, int64_t rows, int64_t strid
                         float* peak, float* total, float* fade, uint32_t* weights);
 
 // rows (R, D) and keys (N, D), fp32 or bf16, CPU, contiguous; temperature one fp32 element.
-// Returns lse (R) and mean (R, D), fp32. `amx` allows AMX where the processor has it.
+// Returns lse (R) and mean (R, D), fp32. `amx` and `avx512` allow what the processor has of them.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> softmax_mean(
     torch::stable::Tensor rows, torch::stable::Tensor keys, torch::stable::Tensor temperature,
-    bool amx);
+    bool amx, bool avx512);
 
 }  // namespace blipfast

@@ -221,12 +221,12 @@ def test_bad_input() -> None:
         )
     op = torch.ops.blipfast_native.softmax_mean
     with pytest.raises(RuntimeError, match="width"):
-        op(torch.randn(2, 4), torch.randn(3, 5), temperature, True)
+        op(torch.randn(2, 4), torch.randn(3, 5), temperature, True, True)
     with pytest.raises(RuntimeError, match="contiguous"):
-        op(torch.randn(4, 2).T, torch.randn(3, 4), temperature, True)
+        op(torch.randn(4, 2).T, torch.randn(3, 4), temperature, True, True)
     with pytest.raises(RuntimeError, match="temperature"):
-        op(torch.randn(2, 4), torch.randn(3, 4), temperature.double(), True)
-    lse, mean = op(torch.randn(0, 4), torch.randn(3, 4), temperature, True)
+        op(torch.randn(2, 4), torch.randn(3, 4), temperature.double(), True, True)
+    lse, mean = op(torch.randn(0, 4), torch.randn(3, 4), temperature, True, True)
     assert (tuple(lse.shape), tuple(mean.shape)) == ((0,), (0, 4))
 
 
@@ -235,7 +235,7 @@ def test_opcheck() -> None:
     arguments = (features(3, 32, torch.bfloat16), features(9, 32, torch.bfloat16))
     torch.library.opcheck(
         torch.ops.blipfast_native.softmax_mean.default,
-        (*arguments, torch.tensor(0.1), True),
+        (*arguments, torch.tensor(0.1), True, True),
         test_utils=("test_schema", "test_faketensor"),
     )
 
