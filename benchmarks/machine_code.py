@@ -29,6 +29,8 @@ def nvidia_registers(compiled: Any) -> int:
 
 def nvidia_code(arch: str, kernels: Sequence[Any]) -> list[str]:
     """Instructions of each kernel, in one call: the disassembler takes long to start."""
+    if not kernels:
+        return []
     code = [_instructions(compiled.asm["cubin"]) for compiled in kernels]
     with tempfile.NamedTemporaryFile() as file:
         file.write(b"".join(code))
