@@ -158,6 +158,29 @@ def test_a_bias_is_added_before_anything_is_rounded() -> None:
     torch.testing.assert_close(losses.double(), exact, atol=1e-5, rtol=1e-5)
 
 
+def test_gradients_are_written_over_their_piece_alone() -> None:
+    wide = torch.full((4, 40), float("nan"), dtype=torch.bfloat16)
+    product, start, vocabulary = wide[:, :25], 16, 60
+    product.copy_(4 * torch.randn(4, 25))
+    bias, lse = (8 * torch.randn(vocabulary)).bfloat16(), 9 + torch.rand(4)
+    labels, grad = torch.tensor([17, 59, -100, 40]), torch.tensor([1.0, 0.5, 3.0, -2.0])
+    columns = start + torch.arange(25)
+    z = product.double() + bias.double()[columns]
+    expected = (z - lse.double()[:, None]).exp() - 0.1 / vocabulary
+    expected -= 0.9 * (labels[:, None] == columns)
+    expected *= (grad * (labels != -100))[:, None]
+    _runtime.launch(
+        kernels.kernels.logit_gradients,
+        (4,),
+        [product, bias, labels, lse, grad, (40, 1), (4, vocabulary, 25), start, -100, 0.1],
+        HAS_BIAS=True,
+        BLOCK_V=16,
+        num_warps=4,
+    )
+    torch.testing.assert_close(product.double(), expected, atol=1e-6, rtol=2.0**-8)
+    assert wide[:, 25:].isnan().all()
+
+
 @pytest.mark.parametrize(("vocabulary", "width"), [(7, 3), (2500, 16), (30_524, 768)])
 @pytest.mark.parametrize("tokens", [0, 1, 98, 1_125, 5_000, 60_000])
 def test_pieces_cover_the_vocabulary_and_lie_where_nothing_is_yet(
