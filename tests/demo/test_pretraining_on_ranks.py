@@ -62,8 +62,8 @@ def test_same_curve_on_one_process_and_on_two(tmp_path: Path) -> None:
     assert alone["samples"] == both["samples"] == [32] * STEPS
     for name in ("itc", "itm", "lm"):
         one, two = alone["losses"][name], both["losses"][name]
-        # The demo has no dropout: the same batches, negatives and gradients, but for rounding, which
-        # in the end may tip the draw of a negative.
+        # The demo has no dropout: the same batches, negatives and gradients, but for rounding,
+        # which in the end may tip the draw of a negative.
         assert two[:10] == pytest.approx(one[:10], rel=1e-3), name
         start, end = sum(one[:5]) / 5, sum(one[-10:]) / 10
         noise = 0.12 * max(abs(start - end), 0.2)
