@@ -161,7 +161,13 @@ def _slower_triton(query: Tensor) -> str | None:
 backends.register("triton", _features_that_fit(_triton.why_not), _slower_triton)(_engine("triton"))
 
 
-backends.register("native", _native.why_not)(_engine("native"))
+def _slower_native(query: Tensor) -> str | None:
+    if query.dim() and query.shape[-1] % 32 and mkl_lacks_avx512():
+        return "features of this width go through MKL in C++, and oneDNN is faster here"
+    return None
+
+
+backends.register("native", _native.why_not, _slower_native)(_engine("native"))
 backends.register("torch")(_engine("torch"))
 
 
