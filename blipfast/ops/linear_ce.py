@@ -79,26 +79,6 @@ def linear_cross_entropy(
     return loss
 
 
-def _in_pieces(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: Reduction,
-) -> Tensor:
-    arguments = (hidden, weight, bias, labels, label_smoothing, ignore_index)
-    if reduction == "none":
-        rows: Tensor = torch.ops.blipfast.linear_cross_entropy_rows(*arguments)
-        return rows
-    grad_on = torch.is_grad_enabled()
-    needs = [grad_on and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    run = torch.ops.blipfast.linear_cross_entropy
-    loss: Tensor = run(*arguments, reduction == "mean", *needs)[0]
-    return loss
-
-
 @backends.register("triton", _triton.why_not)
 def _triton_backend(
     hidden: Tensor,
@@ -128,10 +108,17 @@ def _torch_backend(
     ignore_index: int,
     reduction: Reduction,
 ) -> Tensor:
-    options = (label_smoothing, ignore_index, reduction)
+    arguments = (hidden, weight, bias, labels, label_smoothing, ignore_index)
     if len(labels) * len(weight) <= logits_at_a_time(hidden):
-        return _one_piece(hidden, weight, bias, labels, *options)
-    return _in_pieces(hidden, weight, bias, labels, *options)
+        return _one_piece(*arguments, reduction)
+    if reduction == "none":
+        rows: Tensor = torch.ops.blipfast.linear_cross_entropy_rows(*arguments)
+        return rows
+    grad_on = torch.is_grad_enabled()
+    needs = [grad_on and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    run = torch.ops.blipfast.linear_cross_entropy
+    loss: Tensor = run(*arguments, reduction == "mean", *needs)[0]
+    return loss
 
 
 @backends.register("reference")

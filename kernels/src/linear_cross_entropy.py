@@ -48,7 +48,7 @@ def run_forward(
     sums = hidden.new_empty((4, tokens), dtype=torch.float32)
     bias, labels = None if bias is None else bias.contiguous(), labels.contiguous()
     pieces = list(_in_own_memory(tokens, *weight.shape))
-    memory = hidden.new_empty(_elements(tokens, pieces))
+    memory, tiles = hidden.new_empty(_elements(tokens, pieces)), _configuration(hidden)
     for start, stop in pieces:
         logits = _logits(hidden, weight, start, stop, memory)
         args: list[Any] = [logits, bias, labels, sums, losses, lse, logits.stride(0)]
@@ -60,7 +60,7 @@ def run_forward(
             HAS_BIAS=bias is not None,
             FIRST=start == 0,
             LAST=stop == vocabulary,
-            **_configuration(hidden),
+            **tiles,
         )
     return losses, lse
 
@@ -117,7 +117,10 @@ def _add_gradients(
     d_weight: Tensor | None,
     d_bias: Tensor | None,
 ) -> None:
-    """Adds hidden's gradient to `d_hidden` in float32, and writes the others."""
+    """Adds hidden's gradient to `d_hidden` in float32, and writes the others.
+
+    A function of its own, so that its memory is free when the sum is copied.
+    """
     tokens, vocabulary = len(hidden), len(weight)
     bias, labels = None if bias is None else bias.contiguous(), labels.contiguous()
     within: list[tuple[int, int]] = []
@@ -125,19 +128,13 @@ def _add_gradients(
         later = list(_in_own_memory(tokens, *weight.shape))
     else:
         within, later = _within_gradient(tokens, *weight.shape)
-    own = hidden.new_empty(_elements(tokens, later))
+    own, tiles = hidden.new_empty(_elements(tokens, later)), _configuration(hidden)
     for place, (start, stop) in enumerate(within + later):
         memory = own if d_weight is None or place >= len(within) else d_weight[stop:].view(-1)
         logits = _logits(hidden, weight, start, stop, memory)
         args: list[Any] = [logits, bias, labels, lse, grad, (logits.stride(0), grad.stride(0))]
         args += [(tokens, vocabulary, stop - start), start, ignore_index, float(smoothing)]
-        launch(
-            kernels.logit_gradients,
-            (tokens,),
-            args,
-            HAS_BIAS=bias is not None,
-            **_configuration(hidden),
-        )
+        launch(kernels.logit_gradients, (tokens,), args, HAS_BIAS=bias is not None, **tiles)
         if d_hidden is not None:
             _add_product(d_hidden, logits, weight[start:stop])
         if d_weight is not None:
@@ -189,10 +186,13 @@ def losses(
 
 
 def _in_own_memory(tokens: int, vocabulary: int, width: int) -> Iterator[tuple[int, int]]:
-    """Pieces whose logits take no more than the weight's gradient will, or than `hidden`."""
+    """Pieces whose logits take no more than the weight's gradient will, or than `hidden`.
+
+    One at least, so that rows have a loss even without any vocabulary.
+    """
     columns = max(vocabulary * width // max(tokens, 1), width)
     columns = max(columns // _MULTIPLE, 1) * _MULTIPLE
-    for start in range(0, vocabulary, columns):
+    for start in range(0, max(vocabulary, 1), columns):
         yield start, min(start + columns, vocabulary)
 
 
@@ -203,10 +203,10 @@ def _within_gradient(
 
     The latter take as much memory of their own as `hidden`.
     """
-    own = -(-width // _MULTIPLE) * _MULTIPLE
+    own = max(-(-width // _MULTIPLE), 1) * _MULTIPLE
     within, start = [], 0
     while True:
-        columns = (vocabulary - start) * width // (width + tokens) // _MULTIPLE * _MULTIPLE
+        columns = (vocabulary - start) * width // max(width + tokens, 1) // _MULTIPLE * _MULTIPLE
         if columns < own:
             break
         within.append((start, start + columns))
@@ -227,7 +227,7 @@ def _row(columns: int) -> int:
 def _logits(hidden: Tensor, weight: Tensor, start: int, stop: int, memory: Tensor) -> Tensor:
     """`(T, P)` of a piece, without the bias, at the beginning of `memory`."""
     row = _row(stop - start)
-    logits = memory[: len(hidden) * row].view(-1, row)[:, : stop - start]
+    logits = memory[: len(hidden) * row].view(len(hidden), row)[:, : stop - start]
     return torch.mm(hidden, weight[start:stop].T, out=logits)
 
 
@@ -246,8 +246,8 @@ def _empty_gradients(weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]
     return d_weight, weight.new_empty(len(weight) if needs[2] else 0)
 
 
-def _configuration(logits: Tensor) -> dict[str, int]:
+def _configuration(hidden: Tensor) -> dict[str, int]:
     """Logits of a tile, warps and stages."""
     chosen = {"BLOCK_V": 2048, "num_warps": 8, "num_stages": 2}
     candidates = [chosen, {"BLOCK_V": 1024, "num_warps": 4, "num_stages": 3}]
-    return choose("linear_cross_entropy", short(logits.dtype), candidates, logits)
+    return choose("linear_cross_entropy", short(hidden.dtype), candidates, hidden)

@@ -224,6 +224,24 @@ def test_nothing_and_ignored_rows() -> None:
         assert all((x == 0).all() for x in results)
 
 
+@pytest.mark.parametrize(("tokens", "vocabulary", "width"), [(3, 0, 4), (3, 300, 0), (0, 5, 0)])
+def test_empty_dimensions(tokens: int, vocabulary: int, width: int) -> None:
+    """Without a vocabulary no label is within it; without a width the bias is all there is."""
+    hidden, weight = (torch.randn(n, width, requires_grad=True) for n in (tokens, vocabulary))
+    bias, labels = torch.randn(vocabulary, requires_grad=True), torch.arange(tokens)
+    losses = kernels.losses(hidden, weight, bias, labels, 0.1, -100)
+    gradients = torch.autograd.grad(losses.sum(), (hidden, weight, bias))
+    assert [g.shape for g in gradients] == [hidden.shape, weight.shape, bias.shape]
+    if not vocabulary:
+        assert losses.isnan().all()
+        return
+    given = (hidden, weight, bias, labels)
+    expected = linear_cross_entropy(*given, label_smoothing=0.1, reduction="none", impl="reference")
+    torch.testing.assert_close(losses, expected)
+    exact = torch.autograd.grad(expected.sum(), (hidden, weight, bias))
+    torch.testing.assert_close(gradients, exact)
+
+
 def test_opcheck_and_compile() -> None:
     tensors, labels = make(5, 11, torch.float32)
     leaves = [t.requires_grad_() for t in tensors]
