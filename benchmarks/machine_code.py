@@ -8,6 +8,7 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,7 @@ def nvidia_code(arch: str, kernels: Sequence[Any]) -> list[str]:
         file.write(b"".join(code))
         file.flush()
         text = _run("nvdisasm", "-b", _NVDISASM_NAMES[arch], "-ndf", file.name)
-    stops, total = [], 0
-    for piece in code:
-        total += len(piece)
-        stops.append(total)
+    stops = list(accumulate(map(len, code)))
     lines: list[list[str]] = [[] for _ in code]
     for address, line in _INSTRUCTION.findall(text):
         lines[bisect.bisect_right(stops, int(address, 16))].append(line)

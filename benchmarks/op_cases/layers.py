@@ -34,8 +34,11 @@ def add_layer_norm_case(s: Setting, rows: int, dropout_p: float = 0.0) -> Case:
     leaves = (residual, branch, weight, bias)
     grad = s.randn(rows, width)
 
+    def added_then(norm: competitors.Norm) -> Tensor:
+        return norm(residual + F.dropout(branch, dropout_p), weight, bias)
+
     def eager() -> Tensor:
-        return F.layer_norm(residual + F.dropout(branch, dropout_p), (width,), weight, bias)
+        return added_then(lambda x, weight, bias: F.layer_norm(x, (width,), weight, bias))
 
     def run(code: str) -> Run:
         if code == BASELINE:
@@ -46,12 +49,9 @@ def add_layer_norm_case(s: Setting, rows: int, dropout_p: float = 0.0) -> Case:
 
         return differentiated(ours, leaves, grad)
 
-    def theirs(norm: competitors.Norm) -> Tensor:
-        return norm(residual + F.dropout(branch, dropout_p), weight, bias)
-
     rivals = competitors.compiled(eager, s.small)
     for code, norm in competitors.layer_norms(residual).items():
-        rivals[code] = functools.partial(theirs, norm)
+        rivals[code] = functools.partial(added_then, norm)
     others = all_differentiated(rivals, leaves, grad)
     # Forward reads both inputs, writes sum and norm; backward reads the sum and a gradient.
     moved = s.element * (7 + (dropout_p > 0)) * residual.numel()

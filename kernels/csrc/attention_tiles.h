@@ -174,10 +174,10 @@ struct Columns {
   __mmask16 tail;
 };
 
+constexpr float kLog2E = 1.44269504088896341f;
+
 // Scores of a base-2 softmax: times log2(e) / sqrt(dim).
-inline float score_scale(int64_t dim) {
-  return 1.44269504088896341f / std::sqrt(static_cast<float>(dim));
-}
+inline float score_scale(int64_t dim) { return kLog2E / std::sqrt(static_cast<float>(dim)); }
 
 // What dropout multiplies a row's weights by: zero, or the kept ones' scale. The draw depends on the
 // row's number and the column alone.

@@ -84,4 +84,16 @@ void softmax_block_bf16(float* scores, int64_t keys, int64_t rows, int64_t strid
   }
 }
 
+BLIPFAST_MULTI_ISA
+void fade_and_add(float* mean, const float* fade, const float* update, int64_t rows,
+                  int64_t width) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float factor = fade[r];
+#pragma omp simd
+    for (int64_t d = 0; d < width; ++d) {
+      mean[r * width + d] = mean[r * width + d] * factor + update[r * width + d];
+    }
+  }
+}
+
 }  // namespace blipfast

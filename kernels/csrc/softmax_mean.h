@@ -56,6 +56,10 @@ void softmax_block(float* scores, int64_t keys, int64_t rows, int64_t stride, fl
 void softmax_block_bf16(float* scores, int64_t keys, int64_t rows, int64_t stride, float scale,
                         float* peak, float* total, float* fade, uint32_t* weights);
 
+// mean (rows x width) = mean * fade (rows) + update.
+void fade_and_add(float* mean, const float* fade, const float* update, int64_t rows,
+                  int64_t width);
+
 // rows (R, D) and keys (N, D), fp32 or bf16, CPU, contiguous; temperature one fp32 element.
 // Returns lse (R) and mean (R, D), fp32. `amx` and `avx512` allow what the processor has of them.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> softmax_mean(

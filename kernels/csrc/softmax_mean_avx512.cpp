@@ -40,16 +40,6 @@ BLIPFAST_AVX512_BF16 inline float weigh_on(const float* scores, int64_t keys, in
   return fade;
 }
 
-// mean = mean * fade + update, of `width` columns.
-BLIPFAST_AVX512 inline void fade_and_add(float* mean, float fade, const float* update,
-                                         int64_t width) {
-  const __m512 factor = _mm512_set1_ps(fade);
-  for (int64_t d = 0; d < width; d += kVector) {
-    const __m512 old = _mm512_loadu_ps(mean + d);
-    _mm512_storeu_ps(mean + d, _mm512_fmadd_ps(old, factor, _mm512_load_ps(update + d)));
-  }
-}
-
 template <class T>
 BLIPFAST_AVX512_BF16 void stream(const T* rows, int64_t num_rows, const KeyRange& range,
                                  float scale, SoftmaxState& state) {
@@ -60,10 +50,10 @@ BLIPFAST_AVX512_BF16 void stream(const T* rows, int64_t num_rows, const KeyRange
   Buffer<float> scores(kStripRows * largest.columns), update(kStripRows * width);
   pack_rows(Rows<const T>{rows, width}, num_rows, width, largest.rows, q.get());
   T* weight_rows = reinterpret_cast<T*>(weights.get());
-  scale *= 1.44269504088896341f;
+  scale *= kLog2E;
   for (int64_t begin = range.begin; begin < range.end; begin += kKeys) {
-    const HeadSizes<T> sizes(num_rows, std::min(kKeys, range.end - begin), width);
     const int64_t count = std::min(kKeys, range.end - begin);
+    const HeadSizes<T> sizes(num_rows, count, width);
     const Rows<const T> block{static_cast<const T*>(range.keys) + begin * width, width};
     pack_transposed(block, count, width, sizes.columns, keys.get());
     pack_lines(block, count, width, sizes.columns, values.get());
@@ -80,10 +70,7 @@ BLIPFAST_AVX512_BF16 void stream(const T* rows, int64_t num_rows, const KeyRange
       std::fill(weight_rows + here * sizes.columns, weight_rows + kStripRows * sizes.columns, T{0});
       const Left weighted{weights.get(), sizes.column_words, 1};
       product<T>(weighted, values.get(), width, sizes.column_words, update.get());
-      for (int64_t r = 0; r < here; ++r) {
-        fade_and_add(state.mean + (first + r) * state.row_stride, fades[r],
-                     update.get() + r * width, width);
-      }
+      fade_and_add(state.mean + first * width, fades, update.get(), here, width);
     }
   }
 }

@@ -39,18 +39,6 @@ void widen(const uint16_t* source, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = bf16_to_float(source[i]);
 }
 
-BLIPFAST_MULTI_ISA
-void fade_and_add(float* mean, const float* fade, const float* update, int64_t rows,
-                  int64_t width) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const float factor = fade[r];
-#pragma omp simd
-    for (int64_t d = 0; d < width; ++d) {
-      mean[r * width + d] = mean[r * width + d] * factor + update[r * width + d];
-    }
-  }
-}
-
 }  // namespace
 
 void stream_plain(const float* rows, int64_t num_rows, const KeyRange& range, float scale,
