@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,7 @@ def test_required_and_impossible_is_an_error(tmp_path: Path) -> None:
     assert "cmake was not found" in done.stderr + done.stdout
 
 
-def test_a_compile_error_names_its_cause(tmp_path: Path) -> None:
-    if not shutil.which("cmake") or not (shutil.which("c++") or shutil.which("g++")):
-        pytest.skip("needs cmake and a C++ compiler")
+def test_a_compile_error_names_its_cause(tmp_path: Path, needs_compiler: None) -> None:
     source = tmp_path / "source"
     skip = shutil.ignore_patterns(".git", ".venv*", "build", "tests", "*.so", "__pycache__")
     shutil.copytree(ROOT, source, ignore=skip)
@@ -74,24 +73,15 @@ def test_a_compile_error_names_its_cause(tmp_path: Path) -> None:
     assert "this does not compile" in ours(done)[0]
 
 
-def test_cmake_alone_builds_a_library_that_loads(tmp_path: Path) -> None:
-    if not shutil.which("cmake") or not (shutil.which("c++") or shutil.which("g++")):
-        pytest.skip("needs cmake and a C++ compiler")
-    build, out = tmp_path / "build", tmp_path / "out"
-    options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DBLIPFAST_OUTPUT_DIR={out}"]
-    for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(build), *options],
-        ["cmake", "--build", str(build)],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
+def test_cmake_alone_builds_a_library_that_loads(build_library: Callable[..., Path]) -> None:
+    library = build_library()
     code = (
-        f"import torch; torch.ops.load_library({str(out / 'libblipfast_native.so')!r})\n"
+        f"import torch; torch.ops.load_library({str(library)!r})\n"
         "print(torch.ops.blipfast_native.isa_level())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() in ("0", "3", "4"), done.stderr
-    assert [path.name for path in out.iterdir()] == ["libblipfast_native.so"]
+    assert [path.name for path in library.parent.iterdir()] == ["libblipfast_native.so"]
 
 
 def test_cmake_without_a_compiler_configures(tmp_path: Path) -> None:

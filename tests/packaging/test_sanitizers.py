@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,21 +25,13 @@ def runtime(name: str) -> str:
 
 
 @pytest.mark.slow
-def test_nothing_is_out_of_bounds_or_undefined(tmp_path: Path) -> None:
-    if not shutil.which("cmake") or not shutil.which("g++"):
-        pytest.skip("needs cmake and g++")
+def test_nothing_is_out_of_bounds_or_undefined(build_library: Callable[..., Path]) -> None:
+    if not shutil.which("g++"):
+        pytest.skip("needs g++, which brings the sanitizers")
     preloaded = [runtime(name) for name in RUNTIMES]
     if not all(Path(path).is_absolute() for path in preloaded):
-        pytest.skip("g++ comes without sanitizers")
-    build = tmp_path / "build"
-    options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DBLIPFAST_OUTPUT_DIR={tmp_path}"]
-    for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(build), *options, "-DBLIPFAST_SANITIZE=ON"],
-        ["cmake", "--build", str(build)],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    library = tmp_path / "libblipfast_native.so"
+        pytest.skip("needs g++'s sanitizers (libasan, libubsan)")
+    library = build_library("-DBLIPFAST_SANITIZE=ON")
     assert b"__asan_report_load4" in library.read_bytes()
 
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
